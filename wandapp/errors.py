@@ -1,0 +1,41 @@
+"""Errors a user can act on. Each is one sentence: the place, the rule, the value received, the way out."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class WandappError(ValueError):
+    """Bad input or an unusable environment. The command line prints it and exits with 2."""
+
+
+class BackendUnavailableError(WandappError):
+    """A kernel backend was asked for by name and cannot run here."""
+
+
+class NonFiniteScoreError(WandappError):
+    """A pruning score is NaN or Inf, so no choice between weights is defined."""
+
+    def __init__(self, row: int, column: int):
+        super().__init__(
+            f"score at row {row}, column {column} is NaN or Inf; the weight, the activations or the gradient there are "
+            "not finite: check the checkpoint and use a wider --dtype"
+        )
+        self.row, self.column = row, column
+
+
+class TooManyNonZerosError(WandappError):
+    """A group of m consecutive weights holds more than n non-zeros."""
+
+    def __init__(self, row: int, column: int, n: int, m: int):
+        super().__init__(
+            f"row {row}, columns {column}..{column + m - 1} hold more than {n} non-zeros, which {n}:{m} does not allow; "
+            f"prune with --sparsity {n}:{m} first"
+        )
+        self.row, self.column = row, column
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Text that proposes the valid name closest to `name`, or lists all of them."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
