@@ -1,0 +1,125 @@
+"""The packed form of a sparse weight: its kept values in row order, and one bit per weight that says where they go."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wandapp.errors import TooManyNonZerosError
+from wandapp.kernels import dispatch
+from wandapp.kernels.checks import WEIGHT_DTYPES, check_group, check_matrix, require, unit_column_stride
+
+
+class Packed(NamedTuple):
+    """A sparse [out_features, in_features] weight.
+
+    values       n:m: [rows, cols * n / m]; unstructured: [number of non-zeros], rows one after another
+    bitmask      [rows, ceil(cols / 8)] uint8, bit c % 8 of byte c // 8 = column c has a value, padding 0
+    row_offsets  n:m: None; unstructured: [rows + 1] int64, row r holds values[row_offsets[r] : row_offsets[r + 1]]
+    shape        (rows, cols) of the dense weight
+    pattern      (n, m), or None when unstructured
+    """
+
+    values: Tensor
+    bitmask: Tensor
+    row_offsets: Tensor | None
+    shape: tuple[int, int]
+    pattern: tuple[int, int] | None
+
+
+def pack(weight: Tensor, *, n: int | None = None, m: int | None = None, backend: str | None = None) -> Packed:
+    """Packed form of a sparse weight. -0.0 counts as zero and comes back as +0.0.
+
+    n:m           the bitmask marks exactly n per group: all non-zeros, then the lowest zero columns
+    unstructured  (n = m = None) the bitmask marks the non-zeros
+
+    weight   [rows, cols] fp16, bf16 or fp32; cols divisible by m
+    raises   WandappError on a shape, dtype or divisibility error; TooManyNonZerosError on a group of more than n
+    """
+    check_matrix("weight", weight)
+    require((n is None) == (m is None), f"n and m go together, got n={n}, m={m}")
+    if n is not None:
+        check_group(n, m, weight.shape[1])
+    values, bitmask, row_offsets = _pack(unit_column_stride(weight), n, m, backend)
+    pattern = None if n is None else (n, m)
+    return Packed(values, bitmask, row_offsets if n is None else None, tuple(weight.shape), pattern)
+
+
+def unpack(packed: Packed, *, backend: str | None = None) -> Tensor:
+    """Dense weight [rows, cols] of a packed one, bit-equal to what was packed.
+
+    raises  WandappError when the parts of `packed` do not fit each other
+    """
+    check_packed(packed)
+    rows, cols = packed.shape
+    n, m = packed.pattern or (None, None)
+    return _unpack(packed.values, packed.bitmask, packed.row_offsets, rows, cols, n, m, backend)
+
+
+def check_packed(packed: Packed) -> None:
+    """The parts of `packed` fit each other in shape and dtype; the bits are trusted."""
+    rows, cols = packed.shape
+    values, bitmask, row_offsets = packed.values, packed.bitmask, packed.row_offsets
+    require(values.dtype in WEIGHT_DTYPES, f"values must be float32, bfloat16 or float16, got {values.dtype}")
+    require(
+        bitmask.dtype == torch.uint8 and tuple(bitmask.shape) == (rows, (cols + 7) // 8),
+        f"bitmask must be uint8 {[rows, (cols + 7) // 8]}, got {bitmask.dtype} {list(bitmask.shape)}",
+    )
+    if packed.pattern is None:
+        require(
+            row_offsets is not None and row_offsets.dtype == torch.int64 and tuple(row_offsets.shape) == (rows + 1,),
+            f"an unstructured weight needs int64 row_offsets [{rows + 1}], got {row_offsets}",
+        )
+        require(values.dim() == 1, f"values of an unstructured weight must be 1-D, got shape {list(values.shape)}")
+        return
+    n, m = packed.pattern
+    check_group(n, m, cols)
+    expected = (rows, cols // m * n)
+    require(tuple(values.shape) == expected, f"values must be {list(expected)}, got {list(values.shape)}")
+
+
+# Launchers: `pack_<backend>(weight, *, n, m)` returns (values, bitmask, row_offsets or None, offender), where offender
+# is the flat index row * cols + column of the first column of the first group with more than n non-zeros, else -1
+# (an int or a 0-d integer tensor). `unpack_<backend>(packed)` returns the dense weight.
+
+
+@torch.library.custom_op("wandapp::pack", mutates_args=())
+def _pack(weight: Tensor, n: int | None, m: int | None, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    launch = dispatch.launcher("pack", weight.device, backend)
+    values, bitmask, row_offsets, offender = launch(weight, n=n, m=m)
+    index = int(offender)
+    if index >= 0:
+        raise TooManyNonZerosError(*divmod(index, weight.shape[1]), n, m)
+    if row_offsets is None:
+        row_offsets = weight.new_empty(0, dtype=torch.int64)
+    return values, bitmask, row_offsets
+
+
+@_pack.register_fake
+def _(weight, n, m, backend):
+    rows, cols = weight.shape
+    bitmask = weight.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+    if n is not None:
+        return weight.new_empty(rows, cols // m * n), bitmask, weight.new_empty(0, dtype=torch.int64)
+    nonzeros = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty(nonzeros), bitmask, weight.new_empty(rows + 1, dtype=torch.int64)
+
+
+@torch.library.custom_op("wandapp::unpack", mutates_args=())
+def _unpack(
+    values: Tensor,
+    bitmask: Tensor,
+    row_offsets: Tensor | None,
+    rows: int,
+    cols: int,
+    n: int | None,
+    m: int | None,
+    backend: str | None,
+) -> Tensor:
+    packed = Packed(values, bitmask, row_offsets, (rows, cols), None if n is None else (n, m))
+    return dispatch.launcher("unpack", values.device, backend)(packed)
+
+
+@_unpack.register_fake
+def _(values, bitmask, row_offsets, rows, cols, n, m, backend):
+    return values.new_empty(rows, cols)

@@ -1,0 +1,62 @@
+"""y = x W^T + b on a packed W. Decode is bound by the bytes of W, and the packed form moves about half of them."""
+
+import torch
+from torch import Tensor
+from wandapp.kernels.pack import Packed, check_packed
+
+from wandapp.kernels import dispatch
+from wandapp.kernels.checks import require
+
+
+def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """x W^T + bias for a packed W, products summed in fp32.
+
+    x        [..., in_features] in the dtype of packed.values
+    bias     [out_features] in the same dtype
+    returns  [..., out_features] in the same dtype
+    raises   WandappError on a shape, dtype or device error
+    """
+    check_packed(packed)
+    out_features, in_features = packed.shape
+    values = packed.values
+    require(
+        x.dim() >= 1 and x.shape[-1] == in_features and x.dtype == values.dtype and x.device == values.device,
+        f"x must be {values.dtype} [..., {in_features}] on {values.device}, "
+        f"got {x.dtype} {list(x.shape)} on {x.device}",
+    )
+    if bias is not None:
+        require(
+            tuple(bias.shape) == (out_features,) and bias.dtype == values.dtype and bias.device == values.device,
+            f"bias must be {values.dtype} [{out_features}] on {values.device}, got {bias.dtype} {list(bias.shape)}",
+        )
+        bias = bias.contiguous()
+    n, m = packed.pattern or (None, None)
+    leading = x.shape[:-1]
+    tokens = x.reshape(leading.numel(), in_features).contiguous()
+    y = _sparse_linear(
+        tokens, values, packed.bitmask, packed.row_offsets, bias, out_features, in_features, n, m, backend
+    )
+    return y.view(*leading, out_features)
+
+
+@torch.library.custom_op("wandapp::sparse_linear", mutates_args=())
+def _sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    row_offsets: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    cols: int,
+    n: int | None,
+    m: int | None,
+    backend: str | None,
+) -> Tensor:
+    """Launchers `sparse_linear_<backend>(x, packed, bias)` get contiguous x [tokens, cols] -> [tokens, rows]."""
+    packed = Packed(values, bitmask, row_offsets, (rows, cols), None if n is None else (n, m))
+    return dispatch.launcher("sparse_linear", x.device, backend)(x, packed, bias)
+
+
+@_sparse_linear.register_fake
+def _(x, values, bitmask, row_offsets, bias, rows, cols, n, m, backend):
+    return x.new_empty(x.shape[0], rows)
