@@ -1,8 +1,8 @@
 """The equations of the pruning methods, in float64, written without sight of the library: plain torch, loops welcome.
 
-A block's inputs are found by running the model's own forward from the token ids, once per sample, with the blocks before
-it in whatever state they are; so whoever prunes block after block gets the inputs the pruned path gives. `matrices` and
-`layer_inputs` present every linear map as [out_features, in_features] and [tokens, in_features].
+A block's inputs are found by running the model's own forward from the token ids, once per sample, with the blocks
+before it in whatever state they are; so whoever prunes block after block gets the inputs the pruned path gives.
+`matrices` and `layer_inputs` present every linear map as [out_features, in_features] and [tokens, in_features].
 
 Symbols: W weight, S score, s column_scale, G gradient, N samples, X_n the block input of sample n, f_l the block.
 """
@@ -24,9 +24,6 @@ BLOCK_LISTS = {
     "gpt_neox": "gpt_neox.layers",
     "opt": "model.decoder.layers",
 }  # every other family: model.layers
-
-
-# ---- a model in float64 ------------------------------------------------------------------------------------------------
 
 
 class KeepDouble(TorchFunctionMode):
@@ -75,9 +72,6 @@ def block_output(block: nn.Module, call: Call) -> Tensor:
     with KeepDouble():
         output = block(*call.args, **call.kwargs)
     return output[0] if isinstance(output, tuple) else output
-
-
-# ---- linear maps and their inputs --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -165,9 +159,6 @@ def layer_inputs(block: nn.Module, calls: list[Call]) -> list[dict[str, Tensor]]
     return per_sample
 
 
-# ---- statistics --------------------------------------------------------------------------------------------------------
-
-
 def column_norms(inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """s_j = sqrt( (1/N) * sum_n sum_t X_n[t,j]^2 )."""
     return {
@@ -230,9 +221,6 @@ def model_gradients(model: nn.Module, tokens: Tensor, reduce: Callable) -> list[
     return per_block
 
 
-# ---- choices: masks, True = keep ---------------------------------------------------------------------------------------
-
-
 def score(weight: Tensor, column_scale: Tensor | float = 1.0, gradient: Tensor | float = 0.0, alpha: float = 0.0):
     """S_ij = |W_ij| * (alpha * G_ij + s_j)."""
     return weight.abs() * (alpha * gradient + column_scale)
@@ -290,9 +278,6 @@ class Pattern(NamedTuple):
         return keep_nm(scores, self.n, self.m) if self.m else keep_rows(scores, self.sparsity)
 
 
-# ---- SparseGPT ---------------------------------------------------------------------------------------------------------
-
-
 def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern, damping: float = 0.01, width: int = 128):
     """(pruned and compensated weight, mask), column by column, by optimal brain surgery.
 
@@ -323,9 +308,6 @@ def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern, damping: float 
         weight -= torch.outer(removed, row[j])  # row[j][j] = 1: a removed weight becomes 0
         weight[:, j] = torch.where(keep[:, j], weight[:, j], 0.0)
     return weight, keep
-
-
-# ---- regional optimisation ---------------------------------------------------------------------------------------------
 
 
 def regional_error(block: nn.Module, calls: list[Call], targets: list[Tensor]) -> float:
@@ -366,11 +348,8 @@ def refine(block: nn.Module, calls: list[Call], pattern: Pattern, gradients, *, 
     prune()
 
 
-# ---- agreement ---------------------------------------------------------------------------------------------------------
-
-
 class Agreement(NamedTuple):
-    """`disputed` weights of `total` differ between two masks; within one group of choice they are at most `gap` apart."""
+    """`disputed` weights of `total` differ between two masks; within a group of choice they are at most `gap` apart."""
 
     disputed: int
     total: int
