@@ -1,0 +1,36 @@
+"""wandapp: prune large language models in one shot, prove the pattern, and keep the result usable.
+
+    import wandapp
+    model, tokenizer = wandapp.load_model("smollm2")
+    report = wandapp.prune(model, tokenizer, sparsity="2:4", method="wanda", calibration="pydoc")
+
+Public names are imported when first used, so `import wandapp` and `wandapp --help` stay quick.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PruneConfig": "wandapp.config",
+    "SparsityPattern": "wandapp.pattern",
+    "WandappError": "wandapp.errors",
+    "load_model": "wandapp.models",
+    "save_pruned": "wandapp.models",
+    "prune": "wandapp.pipeline",
+    "PruneReport": "wandapp.report",
+    "perplexity": "wandapp.evaluate",
+    "verify_model": "wandapp.verify",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'wandapp' has no attribute {name!r}; public names: {', '.join(_HOME)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

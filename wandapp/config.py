@@ -1,0 +1,158 @@
+"""Every option of a pruning run, its default, and where the default comes from.
+
+The command line, a recipe file and `wandapp.prune(...)` all end in one `PruneConfig`. `OUT/wandapp/recipe.yaml` is its
+resolved form: `wandapp prune --config OUT/wandapp/recipe.yaml --out NEW` repeats the run.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from wandapp.errors import WandappError, nearest
+from wandapp.pattern import SparsityPattern
+
+_DTYPE_SYNONYMS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
+
+
+class PruneConfig(BaseModel):
+    """The options of one pruning run; an unknown name or a bad value raises `WandappError`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # Which model, and where the result goes
+    model: str | None = Field(None, description="hub id, local folder, .gguf file, or 'smollm2'")
+    out: str | None = Field(None, description="folder for the pruned checkpoint")
+    overwrite: bool = Field(False, description="replace an output folder that wandapp wrote earlier")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of the weights in memory and on disk; auto: the checkpoint's own, float32 for .gguf"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto: cuda where there is one")
+
+    # What is pruned
+    method: str = Field("wanda", description="a method, or method+refiner such as rgs+ro; wanda: arXiv:2306.11695")
+    sparsity: str = Field("2:4", description="n:m (keeps n of every m inputs) or a fraction of zeros")
+    skip: tuple[str, ...] = Field((), description="regular expressions; a linear whose dotted name has one stays dense")
+    magnitude_group: Literal["row", "matrix"] = Field(
+        "matrix", description="comparison group of unstructured magnitude; matrix: as in the Wanda authors' code"
+    )
+
+    # Calibration: 128 samples x 2048 tokens of C4, seed 0, is the setting of arXiv:2306.11695
+    calibration: str = Field("c4", description="c4, wikitext2, pydoc, self, a file, or a hub dataset")
+    samples: int = Field(128, ge=1, description="number of calibration samples")
+    seq_len: int = Field(2048, ge=2, description="tokens per sample, whatever the model's context length is")
+    seed: int = Field(0, ge=0, description="seed of every random choice")
+    text_field: str = Field("text", description="name of the text column in .jsonl, .parquet and hub datasets")
+    save_calibration: str | None = Field(None, description=".safetensors or .npy file for the tokens that were used")
+    batch_size: int | None = Field(
+        None, ge=1, description="samples per forward; None: chosen from the memory they need"
+    )
+
+    # Methods. alpha, samples per round, rounds and learning rate of Wanda++: arXiv:2503.04992
+    preset: Literal["paper", "robust"] | None = Field(None, description="a named set of method options")
+    alpha: float | Literal["auto"] | None = Field(
+        None, description="weight of the gradient in the score; None: the method's own (100 for rgs and gblm)"
+    )
+    ro_rounds: int = Field(5, ge=0, description="rounds of regional optimisation (K)")
+    ro_samples: int = Field(32, ge=1, description="samples drawn per round (M)")
+    ro_lr: float | None = Field(
+        None, gt=0, description="learning rate of regional optimisation; None: 3e-7, scaled to the storage dtype"
+    )
+    gblm_norm: Literal["l2", "l1"] = Field("l2", description="how gblm joins gradients of samples (arXiv:2311.04902)")
+    damping: float = Field(
+        0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of its mean (arXiv:2301.00774)"
+    )
+
+    def __init__(self, **options: Any):
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise WandappError(_one_sentence(error)) from None
+
+    @property
+    def pattern(self) -> SparsityPattern:
+        """The parsed `sparsity`."""
+        return SparsityPattern.parse(self.sparsity)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> "PruneConfig":
+        """The recipe in a YAML file; an override wins over the file's value."""
+        try:
+            recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _RecipeLoader)
+        except OSError as error:
+            raise WandappError(f"{path}: the recipe cannot be read ({error.strerror}); check the path") from None
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            reason = getattr(error, "problem", None) or str(error).replace("\n", " ")
+            line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+            raise WandappError(f"{path}{line}: not valid YAML ({reason}); write one 'key: value' per line") from None
+        if not isinstance(recipe, dict):
+            raise WandappError(f"{path}: a recipe is a list of 'key: value' lines, got {type(recipe).__name__}")
+        return cls(**{str(key): value for key, value in recipe.items()} | overrides)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the resolved recipe; `from_yaml` reads it back unchanged."""
+        Path(path).write_text(self.dump_yaml(), encoding="utf-8")
+
+    def dump_yaml(self) -> str:
+        """The resolved recipe as YAML text."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _normalise_sparsity(cls, value: Any) -> str:
+        return str(SparsityPattern.parse(value))
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _normalise_dtype(cls, value: Any) -> Any:
+        name = str(value).removeprefix("torch.")
+        return _DTYPE_SYNONYMS.get(name, name)
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError("must be auto, cpu, cuda or cuda:N")
+        return value
+
+    @field_validator("skip", mode="before")
+    @classmethod
+    def _list_of_expressions(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("skip")
+    @classmethod
+    def _valid_expressions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for expression in value:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{expression!r} is no regular expression, {error}") from None
+        return value
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """The safe loader, except that numbers stay text for pydantic: YAML 1.1 reads 2:4 as 124 and 1e-7 as a word."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _one_sentence(error: ValidationError) -> str:
+    """What is wrong with the first bad option, and the way out."""
+    details = error.errors(include_url=False)
+    for detail in details:
+        if detail["type"] == "extra_forbidden":
+            name = str(detail["loc"][0])
+            return f"option {name!r} does not exist; {nearest(name, PruneConfig.model_fields)}"
+    detail = details[0]
+    own_error = detail.get("ctx", {}).get("error")
+    if isinstance(own_error, WandappError):
+        return str(own_error)
+    name = str(detail["loc"][0])
+    rule = str(own_error or detail["msg"]).replace("Input should be", "must be")
+    return f"{name}: {rule}, got {detail['input']!r} ({PruneConfig.model_fields[name].description})"

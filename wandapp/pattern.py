@@ -1,0 +1,109 @@
+"""Which weights a row may keep: a fraction of zeros ("0.5") or n of every m consecutive inputs ("2:4").
+
+n:m names what is *kept*: 2:4 keeps two of four, 1:4 keeps one. All groups run along in_features.
+
+    row of a [out, in] weight, 2:4     | a . b . | . . c d | e . . f |      . = zero
+    row of a [out, in] weight, 0.5     | a b . . . . c d . e . f |          int(in * 0.5) zeros, anywhere
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from wandapp.errors import WandappError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FORMS = "give n:m such as 2:4 (keep 2 of every 4), or a fraction of zeros such as 0.5"
+
+
+@dataclass(frozen=True)
+class SparsityPattern:
+    """The weights one row may keep. Make one with `SparsityPattern.parse`."""
+
+    sparsity: float  # fraction of zeros
+    n: int | None = None  # kept of every m; None: unstructured
+    m: int | None = None
+
+    @classmethod
+    def parse(cls, text: str | float | SparsityPattern) -> SparsityPattern:
+        """The pattern that "2:4", "0.5", "50%" or 0.5 stands for."""
+        if isinstance(text, SparsityPattern):
+            return text
+        compact = re.sub(r"\s", "", str(text))
+        if nm := re.fullmatch(r"(\d+):(\d+)", compact):
+            return cls._structured(int(nm[1]), int(nm[2]))
+        try:
+            fraction = float(compact[:-1]) / 100 if compact.endswith("%") else float(compact)
+        except ValueError:
+            raise WandappError(f"sparsity {text!r} is neither n:m nor a number; {_FORMS}") from None
+        if not 0 < fraction < 1:
+            raise WandappError(f"sparsity must lie above 0 and below 1, got {text}; {_FORMS}")
+        return cls(fraction)
+
+    @classmethod
+    def _structured(cls, n: int, m: int) -> SparsityPattern:
+        if not 0 < n < m:
+            raise WandappError(f"sparsity n:m keeps n of every m weights and needs 0 < n < m, got {n}:{m}; {_FORMS}")
+        return cls(1 - n / m, n, m)
+
+    @property
+    def is_structured(self) -> bool:
+        return self.m is not None
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.is_structured else f"{self.sparsity!r}"
+
+    def keep(self, in_features: int) -> int:
+        """Number of weights each row keeps: exact for n:m, in_features - int(in_features * sparsity) otherwise."""
+        if self.is_structured:
+            return in_features // self.m * self.n
+        return in_features - int(in_features * self.sparsity)
+
+    def require_fit(self, name: str, in_features: int) -> None:
+        """Raise unless a linear map of that many inputs can hold the pattern; `name` is its dotted name."""
+        if self.is_structured and in_features % self.m:
+            raise WandappError(
+                f"{name}: {self} needs in_features divisible by {self.m}, got {in_features}; "
+                f"exclude it with --skip {name.rpartition('.')[2]}"
+            )
+
+    def first_violation(self, weight: Tensor, group: Literal["row", "matrix"] = "row") -> tuple[int, int] | None:
+        """(row, column) of the first excess of non-zeros in a [out, in] weight, or None where the pattern holds.
+
+        n:m           the column is the first of the group that holds more than n non-zeros.
+        unstructured  the column is the first non-zero that is one too many; group="matrix" counts the zeros of the
+                      whole weight instead of each row's (a threshold per matrix leaves rows of unequal density).
+        """
+        out_features, in_features = weight.shape
+        if weight.numel() == 0:
+            return None
+        present = weight != 0
+        if self.is_structured:
+            self.require_fit("weight", in_features)
+            excess = present.unflatten(1, (-1, self.m)).sum(2) > self.n  # [out, in / m]
+            position = _first_true(excess)
+            return position and (position[0], position[1] * self.m)
+        if group == "matrix":
+            position = _first_true(_beyond(present.reshape(1, -1), self.keep(weight.numel())))
+            return position and divmod(position[1], in_features)
+        return _first_true(_beyond(present, self.keep(in_features)))
+
+    def holds(self, weight: Tensor, group: Literal["row", "matrix"] = "row") -> bool:
+        """Whether a [out, in] weight has the pattern; more zeros than asked for are fine."""
+        return self.first_violation(weight, group) is None
+
+
+def _beyond(present: Tensor, keep: int) -> Tensor:
+    """Marks, in each row of a boolean matrix, the True entries after the first `keep` of them."""
+    return present & (present.cumsum(1) > keep)
+
+
+def _first_true(mask: Tensor) -> tuple[int, int] | None:
+    """(row, column) of the first True of a matrix in reading order."""
+    position = int(mask.flatten().int().argmax())  # argmax: the first of equal maxima
+    row, column = divmod(position, mask.shape[1])
+    return (row, column) if bool(mask[row, column]) else None
