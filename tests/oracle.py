@@ -305,8 +305,8 @@ def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern, damping: float 
             group = slice(j, min(j + width, columns))
             keep[:, group] = keep_matrix(weight[:, group] ** 2 / pivot[group], pattern.sparsity)
         removed = torch.where(keep[:, j], 0.0, weight[:, j])
-        weight -= torch.outer(removed, row[j])  # row[j][j] = 1: a removed weight becomes 0
-        weight[:, j] = torch.where(keep[:, j], weight[:, j], 0.0)
+        weight[:, j] -= removed
+        weight[:, j + 1 :] -= torch.outer(removed, row[j][j + 1 :])
     return weight, keep
 
 
