@@ -1,0 +1,386 @@
+"""Decoder blocks found, driven and watched without any model's code being copied.
+
+A block's call arguments are recorded from the model's own forward, never rebuilt. Every linear map of a block, however
+it is stored, is presented as one `LinearView` of shape [out_features, in_features]. `DecoderBlock.watch` shows a
+forward's matrix products to an observer: that is how all statistics are gathered.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from wandapp.errors import WandappError
+
+
+class UnsupportedLayoutError(WandappError):
+    """A model whose blocks or weights cannot be presented as decoder blocks of linear maps."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearView:
+    """One linear map, seen as [out_features, in_features] whatever its storage.
+
+    name        dotted name in the model; an expert of a 3-D parameter carries its index: "...experts.down_proj.5"
+    parameter   the stored tensor: nn.Linear [out, in], Conv1D [in, out], experts [experts, out, in]
+    index       the expert's index in a 3-D parameter, else None
+    transposed  True where storage is [in, out]
+    """
+
+    name: str
+    parameter: nn.Parameter
+    index: int | None = None
+    transposed: bool = False
+
+    def of(self, stored: Tensor) -> Tensor:
+        """View [out, in] of this map in a tensor shaped like the parameter (the weight, its gradient, a master copy)."""
+        stored = stored if self.index is None else stored[self.index]
+        return stored.T if self.transposed else stored
+
+    @property
+    def weight(self) -> Tensor:
+        """[out_features, in_features], shares memory with the parameter."""
+        return self.of(self.parameter.data)
+
+    @property
+    def is_expert(self) -> bool:
+        return self.index is not None
+
+
+@dataclass
+class RecordedCall:
+    """Arguments of a block beside the hidden states, as the model's own forward passed them."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    hidden_keyword: str | None = None
+
+    def to(self, device: torch.device, moved: dict[int, Tensor]) -> "RecordedCall":
+        """The same on `device`; `moved` (by identity) keeps tensors that blocks share shared."""
+
+        def move(value):
+            return moved.setdefault(id(value), value.to(device)) if isinstance(value, Tensor) else value
+
+        return RecordedCall(tree_map(move, self.args), tree_map(move, self.kwargs), self.hidden_keyword)
+
+
+class _StopForward(Exception):
+    """Ends a forward whose remaining result nobody reads."""
+
+
+Observer = Callable[[LinearView, Tensor, Tensor | None], None]
+
+_PRODUCTS = {  # function -> position of (input, weight) among its arguments
+    torch.nn.functional.linear: (0, 1),
+    torch.addmm: (1, 2),
+    torch.matmul: (0, 1),
+    torch.mm: (0, 1),
+    Tensor.matmul: (0, 1),
+    Tensor.mm: (0, 1),
+    Tensor.__matmul__: (0, 1),
+}
+
+
+class _Watch(TorchFunctionMode):
+    """Shows every product x W^T of a known weight to an observer(view, x, y); y is None where the forward ends there."""
+
+    def __init__(self, views: dict[int, LinearView], observer: Observer, last: str | None, leaves: bool):
+        super().__init__()
+        self.views, self.observer, self.last, self.leaves = views, observer, last, leaves
+        self.leaf_names: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        positions = _PRODUCTS.get(func)
+        view = None
+        if positions and len(args) > positions[1] and args[positions[1]].dim() == 2:
+            view = self.views.get(args[positions[1]].data_ptr())
+        if view is None:
+            return func(*args, **(kwargs or {}))
+        x = args[positions[0]]
+        if view.name == self.last:
+            self.observer(view, x, None)
+            raise _StopForward
+        y = func(*args, **(kwargs or {}))
+        if torch.is_grad_enabled() and not x.requires_grad:
+            self.leaf_names.add(view.name)
+            if self.leaves:
+                y.requires_grad_()  # gradients are wanted from here on, not further back
+        self.observer(view, x, y)
+        return y
+
+
+@dataclass
+class DecoderBlock:
+    """One decoder block: its linear maps, its recorded arguments, and forwards over many samples.
+
+    name      dotted name in the model, e.g. "model.layers.3"
+    linears       linear maps to prune by name, in definition order
+    all_linears   these and the skipped ones
+    calls         recorded arguments by batch size
+    flops         floating-point operations spent in this block so far (multiply and add count as two)
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: dict[str, LinearView]
+    calls: dict[int, RecordedCall]
+    all_linears: dict[str, LinearView]
+    attention_flops_per_token: float = 0.0
+    flops: float = 0.0
+    _macs_per_token: dict[str, float] = field(default_factory=dict)
+    _leaf_names: set[str] = field(default_factory=set)
+    _last: str | None = None
+
+    @property
+    def has_experts(self) -> bool:
+        return any(view.is_expert for view in self.all_linears.values())
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Output hidden states [batch, seq_len, hidden] of the block for input hidden states of the same shape."""
+        if hidden.shape[0] not in self.calls:
+            raise WandappError(
+                f"{self.name}: no call was recorded for a batch of {hidden.shape[0]}; recorded: {sorted(self.calls)}"
+            )
+        call = self.calls[hidden.shape[0]]
+        if call.hidden_keyword:
+            output = self.module(*call.args, **{call.hidden_keyword: hidden}, **call.kwargs)
+        else:
+            output = self.module(hidden, *call.args, **call.kwargs)
+        self.flops += hidden.shape[0] * hidden.shape[1] * self.forward_flops_per_token
+        return output[0] if isinstance(output, tuple) else output
+
+    @property
+    def forward_flops_per_token(self) -> float:
+        """2 * (weights that a token meets) + attention; experts count by the tokens routed to them."""
+        linear = sum(
+            self._macs_per_token.get(name, 0.0 if view.is_expert else float(view.weight.numel()))
+            for name, view in self.all_linears.items()
+        )
+        return 2.0 * linear + self.attention_flops_per_token
+
+    def batches(self, samples: int, batch_size: int | None = None) -> Iterator[slice]:
+        """Slices that cut `samples` rows into recorded batch sizes."""
+        batch_size = batch_size or max(self.calls)
+        return (slice(start, min(start + batch_size, samples)) for start in range(0, samples, batch_size))
+
+    @torch.no_grad()
+    def run_(self, hidden: Tensor) -> Tensor:
+        """Replaces hidden [samples, seq_len, hidden], batch by batch, with the block's outputs; returns it."""
+        for rows in self.batches(len(hidden)):
+            hidden[rows] = self(hidden[rows])
+        return hidden
+
+    def watch(self, hidden: Tensor, observer: Observer, *, stop: bool = False, leaves: bool = False) -> Tensor | None:
+        """Runs one batch and calls observer(view, x, y) at every linear map; returns the output.
+
+        stop     end at the last linear map's input, whose product nobody reads; the result is then None
+        leaves   make each first product require a gradient, so that a backward reaches all of them and no further
+        """
+        seen: dict[str, int] = {}
+        order: list[str] = []
+
+        def count(view: LinearView, x: Tensor, y: Tensor | None) -> None:
+            seen[view.name] = seen.get(view.name, 0) + x.numel() // x.shape[-1]
+            order.append(view.name)
+            observer(view, x, y)
+
+        last = self._last if stop else None
+        views = {view.weight.data_ptr(): view for view in self.all_linears.values()}
+        before, output = self.flops, None
+        try:
+            with _Watch(views, count, last, leaves) as watch:
+                output = self(hidden)
+            self._leaf_names |= watch.leaf_names
+        except _StopForward:
+            pass
+        tokens = hidden.shape[0] * hidden.shape[1]
+        self._learn(seen, order, tokens)
+        skipped = 2.0 * self._macs_per_token[last] if last else 0.0
+        self.flops = before + tokens * (self.forward_flops_per_token - skipped)
+        return output
+
+    def backward(self, loss: Tensor, *, tokens: int) -> None:
+        """Backward of a loss of one forward over `tokens` tokens: gradients of activations and of weights.
+
+        Counted as twice the forward, less the gradients of inputs in front of the first linear maps, which no one needs.
+        """
+        loss.backward()
+        spared = 2.0 * sum(self._macs_per_token.get(name, 0.0) for name in self._leaf_names)
+        self.flops += tokens * (2.0 * self.forward_flops_per_token - spared)
+
+    def _learn(self, seen: dict[str, int], order: list[str], tokens: int) -> None:
+        """Remembers how many tokens meet each weight, and which linear map comes last in every forward."""
+        for name, rows in seen.items():
+            self._macs_per_token[name] = self.all_linears[name].weight.numel() * rows / tokens
+        unseen = [name for name, view in self.linears.items() if name not in seen and not view.is_expert]
+        if unseen:
+            raise UnsupportedLayoutError(
+                f"{unseen[0]}: the weight takes part in no matrix product that {type(self.module).__name__}'s forward "
+                "shows; exclude it with --skip or report the model's class"
+            )
+        if self._last is None and not self.all_linears[order[-1]].is_expert and order.count(order[-1]) == 1:
+            self._last = order[-1]
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Dotted name and ModuleList of the decoder blocks: the longest outermost list of modules that hold weights."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedLayoutError(
+            f"{type(model).__name__}: encoder-decoder models are not supported; use a decoder-only causal language model"
+        )
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and any(p.dim() >= 2 for p in module.parameters())
+    }
+    outer = {name: m for name, m in lists.items() if not any(name.startswith(other + ".") for other in lists)}
+    if not outer:
+        raise UnsupportedLayoutError(
+            f"{type(model).__name__}: no ModuleList of decoder blocks was found; use a decoder-only causal language model"
+        )
+    name = max(outer, key=lambda key: len(outer[key]))
+    return name, outer[name]
+
+
+def find_linears(block: nn.Module, prefix: str, skip: tuple[str, ...] = ()) -> dict[str, LinearView]:
+    """Every linear map of a block by dotted name.
+
+    A weight that fits no known layout is refused by its module's class, unless a `skip` expression excludes it.
+    """
+    found: dict[str, LinearView] = {}
+    for module_name, module in block.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2 or "bias" in parameter_name:
+                continue
+            path = ".".join(filter(None, (prefix, module_name)))
+            try:
+                found.update((view.name, view) for view in _views(module, path, parameter_name, parameter))
+            except UnsupportedLayoutError:
+                if not any(re.search(expression, path) for expression in skip):
+                    raise
+    return found
+
+
+def _views(module: nn.Module, path: str, parameter_name: str, parameter: nn.Parameter) -> Iterator[LinearView]:
+    kind = type(module).__name__
+    is_only_weight = parameter_name == "weight" and parameter.dim() == 2
+    if is_only_weight and (isinstance(module, nn.Linear) or kind.endswith("Router")):
+        yield LinearView(path, parameter)
+    elif is_only_weight and kind == "Conv1D":  # transformers.pytorch_utils.Conv1D (GPT-2): y = x W + b
+        yield LinearView(path, parameter, transposed=True)
+    elif parameter.dim() == 3 and kind.endswith("Experts"):
+        transposed = bool(getattr(module, "is_transposed", False))
+        for index in range(len(parameter)):
+            yield LinearView(f"{path}.{parameter_name}.{index}", parameter, index, transposed)
+    else:
+        raise UnsupportedLayoutError(
+            f"{path}: {kind}.{parameter_name} of shape {tuple(parameter.shape)} is no linear map that wandapp knows "
+            "(nn.Linear, Conv1D, routers, 3-D experts); leave it dense with --skip if the rest is to be pruned"
+        )
+
+
+@dataclass
+class Recording:
+    """First block's inputs and every block's arguments.
+
+    hidden   [samples, seq_len, hidden_size] embedded calibration tokens
+    calls    calls[block][batch_size]
+    """
+
+    hidden: Tensor
+    calls: list[dict[int, RecordedCall]]
+
+
+@contextmanager
+def _recorders(blocks: nn.ModuleList, on_call: Callable[[int, Tensor, RecordedCall], None]):
+    """Replaces each block's forward: it reports its arguments and returns its hidden states unchanged."""
+    wraps_in_tuple: list[bool] = []
+
+    def install(index: int, block: nn.Module):
+        original = block.forward
+
+        def record(*args, **kwargs):
+            keyword = None if args else "hidden_states"
+            hidden = args[0] if args else kwargs[keyword]
+            rest = {key: value for key, value in kwargs.items() if key != keyword}
+            on_call(index, hidden, RecordedCall(args[1:], rest, keyword))
+            if not wraps_in_tuple:  # some models index the block's output, so its form must be kept
+                wraps_in_tuple.append(isinstance(original(*args, **kwargs), tuple))
+            return (hidden,) if wraps_in_tuple[0] else hidden
+
+        block.forward = record
+
+    for index, block in enumerate(blocks):
+        install(index, block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@torch.no_grad()
+def record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: int) -> Recording:
+    """Runs the model's own forward on tokens [samples, seq_len] with recorders for blocks.
+
+    All blocks are called once for the first two batches of each size, which shows arguments that depend on the text;
+    after that a forward ends at the first block. Sizes recorded: batch_size, 1 and the remainder.
+    """
+    base = getattr(model, "base_model", model)
+    device = next(model.parameters()).device
+    calls: list[dict[int, RecordedCall]] = [{} for _ in blocks]
+    times_recorded: dict[int, int] = {}
+    hidden_states: Tensor | None = None
+    start = 0
+
+    def on_call(index: int, hidden: Tensor, call: RecordedCall) -> None:
+        nonlocal hidden_states
+        size = len(hidden)
+        if index == 0 and start is not None:
+            if hidden_states is None:
+                hidden_states = hidden.new_empty(len(tokens), *hidden.shape[1:])
+            hidden_states[start : start + size] = hidden
+        if times_recorded.get(size, 0) >= 2:
+            raise _StopForward
+        earlier = calls[index].setdefault(size, call)
+        _refuse_text_dependence(earlier, call, type(blocks[index]).__name__)
+
+    def forward(batch: Tensor) -> None:
+        try:
+            base(input_ids=batch.to(device), use_cache=False)
+        except _StopForward:
+            pass
+        times_recorded[len(batch)] = times_recorded.get(len(batch), 0) + 1
+
+    with _recorders(blocks, on_call):
+        for start in range(0, len(tokens), batch_size):
+            forward(tokens[start : start + batch_size])
+        start = None
+        if 1 not in times_recorded:
+            forward(tokens[:1])
+    missing = [index for index, by_size in enumerate(calls) if not by_size]
+    if missing or hidden_states is None:
+        raise UnsupportedLayoutError(
+            f"{type(model).__name__}: block {missing[0] if missing else 0} ({type(blocks[0]).__name__}) is not called by "
+            "the model's forward; this model's layout is not supported"
+        )
+    return Recording(hidden_states, calls)
+
+
+def _refuse_text_dependence(earlier: RecordedCall, later: RecordedCall, kind: str) -> None:
+    if earlier is later:
+        return
+    for a, b in zip(tree_flatten(earlier.__dict__)[0], tree_flatten(later.__dict__)[0], strict=True):
+        if isinstance(a, Tensor) and a is not b and not torch.equal(a, b):
+            raise UnsupportedLayoutError(
+                f"{kind}: a call argument of shape {tuple(a.shape)} changes with the text, so it cannot be recorded once; "
+                "this model's layout is not supported"
+            )

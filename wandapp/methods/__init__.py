@@ -1,0 +1,41 @@
+"""Methods and refiners by name. `method[+refiner]...`, e.g. "wanda", "sparsegpt+ro", "wanda++"."""
+
+from wandapp.config import PruneConfig
+from wandapp.errors import WandappError, nearest
+from wandapp.methods.base import Method
+from wandapp.methods.magnitude import Magnitude
+from wandapp.methods.rgs import RegionalGradientScore
+from wandapp.methods.ro import RegionalOptimisation
+from wandapp.methods.sparsegpt import SparseGPT
+from wandapp.methods.wanda import Wanda
+from wandapp.methods.wanda_cumulative import WandaCumulative
+
+METHODS: dict[str, type[Method]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "wanda-cumulative": WandaCumulative,
+    "sparsegpt": SparseGPT,
+    "rgs": RegionalGradientScore,
+}
+REFINERS = {"ro": RegionalOptimisation}
+ALIASES = {"wanda++": "rgs+ro"}
+
+
+def resolve(name: str) -> tuple[str, ...]:
+    """Registry names of a method and its refiners: "wanda++" -> ("rgs", "ro")."""
+    method, *refiners = ALIASES.get(name, name).split("+")
+    if method not in METHODS:
+        raise WandappError(f"method {name!r} does not exist; {nearest(name, [*METHODS, *ALIASES])}")
+    for refiner in refiners:
+        if refiner not in REFINERS:
+            raise WandappError(f"method {name!r}: refiner {refiner!r} does not exist; {nearest(refiner, REFINERS)}")
+    return method, *refiners
+
+
+def create(config: PruneConfig) -> Method:
+    """The method object that a configuration asks for, refiners wrapped around it in order."""
+    name, *refiners = resolve(config.method)
+    method = METHODS[name](config)
+    for refiner in refiners:
+        method = REFINERS[refiner](config, method)
+    return method

@@ -1,0 +1,128 @@
+"""The interface of pruning methods, and the one way in which a linear map is pruned by a score.
+
+A score-only method supplies `needs` and `terms`; a method that also changes the kept weights overrides `apply`; a refiner
+wraps a method and overrides `prune_block`.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from wandapp.blocks import DecoderBlock, LinearView
+from wandapp.config import PruneConfig
+from wandapp.errors import NonFiniteScoreError, WandappError
+from wandapp.kernels.select import prune_nm_, prune_rows_
+from wandapp.pattern import SparsityPattern
+from wandapp.statistics import Measurements, measure
+
+
+class ScoreTerms(NamedTuple):
+    """score_ij = |W_ij| * (alpha * gradient_ij + column_scale_j); a missing scale counts as 1, a missing gradient as 0."""
+
+    column_scale: Tensor | None = None  # [in_features] fp32
+    gradient: Tensor | None = None  # [out_features, in_features] fp32
+    alpha: float = 0.0
+
+
+@dataclass
+class BlockRecord:
+    """What the report keeps of one block.
+
+    error           ||f(X) - f_pruned(X)|| / ||f(X)|| on the probe samples, after everything
+    error_before    the same before a refiner, where there is one
+    layer_errors    ||X W^T - X W'^T|| / ||X W^T|| on the first sample's leading tokens, by linear map
+    """
+
+    name: str
+    error: float = float("nan")
+    error_before: float | None = None
+    layer_errors: dict[str, float] = field(default_factory=dict)
+    sparsity: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    zeros: int = 0
+    weights: int = 0
+
+
+class Method:
+    """A pruning method. One object prunes all blocks of a model, in order."""
+
+    needs: frozenset[str] = frozenset()  # statistics it reads (wandapp.statistics)
+    prepare_flops = 0.0  # spent in `prepare`
+    compensates = False  # whether `apply` also changes the weights it keeps
+
+    def __init__(self, config: PruneConfig):
+        self.config = config
+
+    def prepare(self, model: nn.Module, tokens: Tensor) -> None:
+        """Called once, on the dense model, with the calibration tokens [samples, seq_len]."""
+
+    def terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
+        """The score of one linear map."""
+        raise NotImplementedError(f"{type(self).__name__} defines no score")
+
+    def apply(self, block: DecoderBlock, measured: Measurements, pattern: SparsityPattern, record: BlockRecord) -> None:
+        """Prunes every linear map of the block in place."""
+        for view in block.linears.values():
+            self.prune_linear_(view, view.weight, self.checked_terms(view, measured, record), pattern)
+
+    def prune_block(self, block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern) -> BlockRecord:
+        """Measures the dense block on hidden [samples, seq_len, hidden_size] and prunes it in place."""
+        record = BlockRecord(block.name)
+        measured = measure(block, hidden, self.needs, outputs=1)
+        dense = probe_products(block, measured)
+        self.apply(block, measured, pattern, record)
+        record.layer_errors = layer_errors(block, measured, dense)
+        record.error = block_error(block, hidden, measured.outputs)
+        return record
+
+    def checked_terms(self, view: LinearView, measured: Measurements, record: BlockRecord) -> ScoreTerms:
+        """The terms of a map, or magnitude's, with a warning, for an expert that no calibration token reached."""
+        if view.is_expert and self.needs and not measured.tokens.get(view.name):
+            record.warnings.append(f"{view.name}: no calibration token reached this expert; pruned by magnitude alone")
+            return ScoreTerms()
+        return self.terms(view, measured)
+
+    def prune_linear_(self, view: LinearView, weight: Tensor, terms: ScoreTerms, pattern: SparsityPattern) -> None:
+        """Zeroes in place the lowest scores of weight [out, in], the map's own or a master copy of it."""
+        target = weight.contiguous()
+        try:
+            self.select_(target, terms, pattern)
+        except NonFiniteScoreError as error:
+            raise WandappError(f"{view.name}: {error}") from None
+        if target.data_ptr() != weight.data_ptr():
+            weight.copy_(target)
+
+    def select_(self, weight: Tensor, terms: ScoreTerms, pattern: SparsityPattern) -> None:
+        """The choice itself: n of every m, or an exact number per row."""
+        if pattern.is_structured:
+            prune_nm_(weight, terms.column_scale, terms.gradient, n=pattern.n, m=pattern.m, alpha=terms.alpha)
+        else:
+            keep = pattern.keep(weight.shape[1])
+            prune_rows_(weight, terms.column_scale, terms.gradient, keep=keep, alpha=terms.alpha)
+
+
+def probe_products(block: DecoderBlock, measured: Measurements) -> dict[str, Tensor]:
+    """X W^T of every linear map on its probe rows, [tokens, out_features]."""
+    return {name: x @ block.linears[name].weight.T for name, x in measured.probes.items()}
+
+
+def layer_errors(block: DecoderBlock, measured: Measurements, dense: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of every linear map's product on its probe rows, given the dense products."""
+    pruned = probe_products(block, measured)
+    return {name: relative_error(pruned[name], dense[name]) for name in dense}
+
+
+@torch.no_grad()
+def block_error(block: DecoderBlock, hidden: Tensor, dense: Tensor) -> float:
+    """Relative error of the block's outputs on the leading samples for which dense [samples, ...] outputs are given."""
+    batch_size = 1 if 1 in block.calls else None
+    outputs = [block(hidden[rows]) for rows in block.batches(len(dense), batch_size)]
+    return relative_error(torch.cat(outputs), dense)
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """||value - reference|| / ||reference||, in fp32; 0 where both vanish."""
+    difference = torch.linalg.vector_norm((value - reference).float())
+    return (difference / torch.linalg.vector_norm(reference.float()).clamp_min(1e-30)).item()

@@ -1,0 +1,20 @@
+"""Regional gradient score of Wanda++ (arXiv:2503.04992): score_ij = |W_ij| * (alpha * G_ij + s_j).
+
+G_ij = sqrt((1/N) sum_n (d ||f(X_n)||_F / dW_ij)^2), f the dense block; s_j Wanda's input norm; alpha = 100.
+"""
+
+from wandapp.blocks import LinearView
+from wandapp.methods.base import Method, ScoreTerms
+from wandapp.statistics import Measurements
+
+PAPER_ALPHA = 100.0
+
+
+class RegionalGradientScore(Method):
+    """One forward and one backward of the dense block per sample, no labels."""
+
+    needs = frozenset({"column_norm", "regional_gradient"})
+
+    def terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
+        alpha = PAPER_ALPHA if self.config.alpha is None else float(self.config.alpha)
+        return ScoreTerms(measured.column_norm(view), measured.gradients[view.name].value(), alpha)

@@ -1,0 +1,139 @@
+"""Regional optimisation of Wanda++ (arXiv:2503.04992), a refiner around any method.
+
+    repeat K rounds: draw M of the N samples; prune with the method's score;
+                     one RMSprop step per sample on ||f(x) - f_pruned(x)||^2 (sum), zeroed weights included
+    prune with the method's score
+
+f is the dense block on the pruned path's inputs; its outputs are computed once per block. Weights are fp32 masters, the
+optimiser's state lives as long as its block. A method that compensates (SparseGPT) is applied once, before the first
+round; the rounds then choose by its score |W_ij| / U_jj.
+Differs from a literal reading: the input norms of a drawn sample are those of its latest forward (the dense pass, later
+its own optimisation steps), so that no forward is spent on norms alone.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from wandapp.blocks import DecoderBlock, LinearView
+from wandapp.config import PruneConfig
+from wandapp.kernels.column_sumsq import column_sumsq
+from wandapp.methods.base import BlockRecord, Method, block_error, layer_errors, probe_products
+from wandapp.pattern import SparsityPattern
+from wandapp.statistics import Measurements, measure
+
+PAPER_LEARNING_RATE = 3e-7
+DECAY, EPSILON = 0.99, 1e-8  # torch.optim.RMSprop's defaults
+ERROR_SAMPLES = 4
+
+
+class RegionalOptimisation(Method):
+    """Rounds of pruning and of gradient steps on one block; the better of the weights before and after is kept."""
+
+    def __init__(self, config: PruneConfig, method: Method):
+        super().__init__(config)
+        self.method, self.needs = method, method.needs
+
+    def prepare(self, model: nn.Module, tokens: Tensor) -> None:
+        self.method.prepare(model, tokens)
+
+    def prune_block(self, block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern) -> BlockRecord:
+        record = BlockRecord(block.name)
+        measured = measure(block, hidden, self.needs, outputs=len(hidden))
+        probe, products = measured.outputs[:ERROR_SAMPLES], probe_products(block, measured)
+        dense = _snapshot(block)
+        self.method.apply(block, measured, pattern, record)
+        record.error = block_error(block, hidden, probe)
+        if self.config.ro_rounds:
+            pruned = _snapshot(block)
+            if not self.method.compensates:  # the first round prunes the dense weights, with its own samples' norms
+                _restore(dense)
+            _Optimisation(self.method, block, hidden, measured).run(pattern)
+            self._keep_better(block, hidden, probe, pruned, record)
+        record.layer_errors = layer_errors(block, measured, products)
+        return record
+
+    def _keep_better(self, block: DecoderBlock, hidden: Tensor, probe: Tensor, pruned: dict, record: BlockRecord) -> None:
+        record.error_before, record.error = record.error, block_error(block, hidden, probe)
+        if record.error <= record.error_before:
+            return
+        record.warnings.append(
+            f"{block.name}: regional optimisation changed the block's error from {record.error_before:.4g} to "
+            f"{record.error:.4g}; the weights before it were kept"
+        )
+        _restore(pruned)
+        record.error = record.error_before
+
+
+class _Optimisation:
+    """K rounds on one block. masters: fp32 weights by parameter (the parameter itself where storage is fp32)."""
+
+    def __init__(self, method: Method, block: DecoderBlock, hidden: Tensor, measured: Measurements):
+        self.method, self.block, self.hidden, self.measured = method, block, hidden, measured
+        self.config = method.config
+        self.parameters = _parameters(block)
+        self.masters = {p: p.data if p.dtype == torch.float32 else p.data.float() for p in self.parameters}
+        self.mean_square = {p: torch.zeros_like(master) for p, master in self.masters.items()}
+        self.learning_rate = self.config.ro_lr or PAPER_LEARNING_RATE
+
+    def run(self, pattern: SparsityPattern) -> None:
+        samples = len(self.hidden)
+        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + self.block.index)
+        for _ in range(self.config.ro_rounds):
+            drawn = torch.randperm(samples, generator=generator)[: self.config.ro_samples]
+            self._prune(pattern, drawn)
+            for sample in drawn.tolist():
+                self._step(sample)
+        self._prune(pattern, None)
+        self._store()
+
+    def _prune(self, pattern: SparsityPattern, drawn: Tensor | None) -> None:
+        measured = self.measured.among(drawn)
+        for view in self.block.linears.values():
+            terms = self.method.checked_terms(view, measured, BlockRecord(self.block.name))
+            self.method.prune_linear_(view, view.of(self.masters[view.parameter]), terms, pattern)
+
+    def _step(self, sample: int) -> None:
+        """One RMSprop step on the squared distance of one sample's outputs."""
+        self._store()
+        refreshed: set[int] = set()
+
+        def refresh_norm(view: LinearView, x: Tensor, y: Tensor | None) -> None:
+            norm = self.measured.norms.get(view.name)
+            if norm is not None and id(norm) not in refreshed:
+                refreshed.add(id(norm))
+                norm.sumsq[sample] = column_sumsq(x.detach().reshape(-1, x.shape[-1]))
+
+        with torch.enable_grad():
+            for parameter in self.parameters:
+                parameter.requires_grad_(True)
+            output = self.block.watch(self.hidden[sample : sample + 1], refresh_norm)
+            loss = (output.float() - self.measured.outputs[sample].float()).square().sum()
+            self.block.backward(loss, tokens=output.shape[1])
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                self._descend(parameter, parameter.grad.float())
+            parameter.grad = None
+            parameter.requires_grad_(False)
+
+    def _descend(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        mean_square = self.mean_square[parameter].mul_(DECAY).addcmul_(gradient, gradient, value=1 - DECAY)
+        step = mean_square.sqrt().add_(EPSILON)
+        self.masters[parameter].addcdiv_(gradient, step, value=-self.learning_rate)
+
+    def _store(self) -> None:
+        for parameter, master in self.masters.items():
+            if master.data_ptr() != parameter.data_ptr():
+                parameter.data.copy_(master)
+
+
+def _parameters(block: DecoderBlock) -> list[nn.Parameter]:
+    return list(dict.fromkeys(view.parameter for view in block.linears.values()))
+
+
+def _snapshot(block: DecoderBlock) -> dict[nn.Parameter, Tensor]:
+    return {parameter: parameter.data.clone() for parameter in _parameters(block)}
+
+
+def _restore(snapshot: dict[nn.Parameter, Tensor]) -> None:
+    for parameter, value in snapshot.items():
+        parameter.data.copy_(value)

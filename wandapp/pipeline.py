@@ -1,0 +1,183 @@
+"""The loop: open a block, let the method prune it, check the pattern, feed its outputs to the next.
+
+It knows neither the method nor where the weights live. Start reading here.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from wandapp import methods
+from wandapp.blocks import DecoderBlock
+from wandapp.calibration import load_calibration, save_tokens
+from wandapp.config import PruneConfig
+from wandapp.errors import WandappError
+from wandapp.methods.base import BlockRecord
+from wandapp.pattern import SparsityPattern
+from wandapp.report import MachineRate, Progress, PruneReport, peak_gib
+from wandapp.store import ModelStore
+from wandapp.verify import offence
+
+TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 16384}
+
+
+def prune(
+    model: nn.Module,
+    tokenizer=None,
+    *,
+    config: PruneConfig | None = None,
+    calibration: str | Tensor | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    **options,
+) -> PruneReport:
+    """Report of pruning `model`, a loaded transformers causal language model, in place.
+
+    config        all options; or give them as keywords, e.g. sparsity="2:4", method="wanda" (see PruneConfig)
+    calibration   a name or path as in PruneConfig, or token ids [samples, seq_len] (then `tokenizer` may be None)
+    on_progress   called after every block
+    raises        WandappError with the place, the rule and the way out; checks that need no forward come before any change
+    """
+    if config is None:
+        config = PruneConfig(**options | ({"calibration": calibration} if isinstance(calibration, str) else {}))
+    device = _device(config)
+    method = methods.create(config)
+    store = ModelStore(model, config.pattern, skip=config.skip, device=device)
+    source = calibration if isinstance(calibration, Tensor) else config.calibration
+    calibrated = load_calibration(
+        source,
+        tokenizer,
+        samples=config.samples,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        text_field=config.text_field,
+        model=model,
+    )
+    if config.save_calibration:
+        save_tokens(calibrated.tokens, config.save_calibration)
+    tokens = calibrated.tokens if method.needs else calibrated.tokens[:1]  # others only probe the error
+    batch_size = min(config.batch_size or _auto_batch_size(device, tokens), len(tokens))
+    report = PruneReport(
+        method=config.method,
+        pattern=str(config.pattern),
+        samples=tokens.shape[0],
+        seq_len=tokens.shape[1],
+        calibration=calibrated.description,
+        calibration_sha256=calibrated.sha256,
+        device=str(device),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        batch_size=batch_size,
+    )
+    with _frozen(model):
+        _run(store, method, tokens, config.pattern, report, on_progress)
+    return report
+
+
+def _run(store: ModelStore, method, tokens: Tensor, pattern: SparsityPattern, report: PruneReport, on_progress) -> None:
+    clock = _Clock(report.seconds_by_phase)
+    rate = MachineRate(store.device, next(store.model.parameters()).dtype)
+    with clock("prepare"):
+        method.prepare(store.model, tokens)
+        report.flops += method.prepare_flops
+    with clock("record"):
+        hidden = store.record(tokens, report.batch_size)
+    for index in range(len(store)):
+        rate.sample()
+        with store.open_block(index) as block:
+            with clock("prune"):
+                record = method.prune_block(block, hidden, pattern)
+            with clock("verify"):
+                _check(block, pattern, record)
+            with clock("forward"):
+                if index + 1 < len(store):
+                    block.run_(hidden)
+                    clock.synchronize(hidden)
+            report.add(block.flops, record)
+        report.close(clock.total, rate.gflops, peak_gib(store.device))
+        if on_progress:
+            on_progress(_progress(report, record, index + 1, len(store)))
+    report.kept_dense = store.kept_dense()
+
+
+class _Clock:
+    """Adds up the seconds spent in named phases."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = seconds
+
+    @contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @staticmethod
+    def synchronize(tensor: Tensor) -> None:
+        if tensor.is_cuda:
+            torch.cuda.synchronize(tensor.device)
+
+
+def _check(block: DecoderBlock, pattern: SparsityPattern, record: BlockRecord) -> None:
+    """Notes each map's sparsity; a method that broke its own pattern must never go unseen."""
+    for view in block.linears.values():
+        weight = view.weight
+        zeros = weight.numel() - torch.count_nonzero(weight).item()
+        record.sparsity[view.name] = zeros / weight.numel()
+        record.zeros, record.weights = record.zeros + zeros, record.weights + weight.numel()
+        broken = offence(view, weight, pattern)
+        if broken:
+            raise RuntimeError(f"{broken}; this is an error in wandapp, please report it")
+    if not math.isfinite(record.error):
+        record.warnings.append(f"{block.name}: the outputs of the calibration samples are not finite")
+
+
+def _progress(report: PruneReport, record: BlockRecord, done: int, blocks: int) -> Progress:
+    before = "" if record.error_before is None else f"{record.error_before:.4f} -> "
+    return Progress(
+        done,
+        blocks,
+        record.name,
+        report.seconds,
+        report.seconds / done * (blocks - done),
+        report.peak_gib,
+        f"block error {before}{record.error:.4f}",
+    )
+
+
+@contextmanager
+def _frozen(model: nn.Module):
+    """Evaluation mode, no parameter gradients, experts in the form whose products can be watched; restored after."""
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training, experts = model.training, getattr(model.config, "_experts_implementation", None)
+    model.eval().requires_grad_(False)
+    if experts is not None:
+        model.config._experts_implementation = "eager"
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if experts is not None:
+            model.config._experts_implementation = experts
+        model.train(training)
+        for parameter, requires_grad in wanted.items():
+            parameter.requires_grad_(requires_grad)
+
+
+def _device(config: PruneConfig) -> torch.device:
+    if config.device != "auto":
+        if config.device.startswith("cuda") and not torch.cuda.is_available():
+            raise WandappError(f"device {config.device!r}: torch sees no GPU here; use --device cpu")
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _auto_batch_size(device: torch.device, tokens: Tensor) -> int:
+    """Samples per forward: enough tokens to fill the machine, few enough that activations stay in its caches."""
+    return max(1, TOKENS_PER_FORWARD[device.type] // tokens.shape[1])

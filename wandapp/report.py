@@ -1,0 +1,127 @@
+"""What a pruning run reports: result, cost against the machine's rate, and every warning."""
+
+import math
+import resource
+import time
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from wandapp.methods.base import BlockRecord
+
+
+class MachineRate:
+    """The machine's matmul rate, sampled between blocks because it drifts; the sampling is timed apart."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        size = 1024 if device.type == "cpu" else 8192
+        self.factors = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
+        self.flops, self.seconds, self.overhead = 0.0, 0.0, 0.0
+
+    def sample(self, repeats: int = 2) -> None:
+        """Times `repeats` square products, after one that warms up."""
+        start = time.perf_counter()
+        left, right = self.factors
+        torch.mm(left, right)
+        _synchronize(left)
+        timed = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(left, right)
+        _synchronize(left)
+        end = time.perf_counter()
+        self.flops += repeats * 2.0 * len(left) ** 3
+        self.seconds += end - timed
+        self.overhead += end - start
+
+    @property
+    def gflops(self) -> float:
+        """Billions of floating-point operations per second, over all samples."""
+        return self.flops / self.seconds / 1e9 if self.seconds else math.nan
+
+
+def _synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Highest memory so far in GiB: the device's allocations on a GPU, resident memory of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One block done. seconds: since the start; message: what the block's record says in short."""
+
+    block: int
+    blocks: int
+    name: str
+    seconds: float
+    eta_seconds: float
+    peak_gib: float
+    message: str
+
+
+@dataclass
+class PruneReport:
+    """Result and cost of one run.
+
+    sparsity          fraction of zeros in the pruned linear maps together
+    seconds           wall time of recording and pruning, model loading and rate sampling excluded
+    flops             by formula: linear maps and attention (whole square), forwards and backwards, Gram matrices, solver
+    achieved_gflops   flops / seconds;  matmul_gflops: a dense square product's rate, measured during the run
+    """
+
+    method: str
+    pattern: str
+    samples: int
+    seq_len: int
+    calibration: str
+    calibration_sha256: str
+    device: str
+    dtype: str
+    batch_size: int
+    sparsity: float = math.nan
+    seconds: float = 0.0
+    seconds_by_phase: dict[str, float] = field(default_factory=dict)
+    peak_gib: float = 0.0
+    flops: float = 0.0
+    achieved_gflops: float = math.nan
+    matmul_gflops: float = math.nan
+    linears: int = 0
+    kept_dense: list[str] = field(default_factory=list)
+    blocks: list[BlockRecord] = field(default_factory=list)
+    zeros: int = 0
+    weights: int = 0
+    warnings: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def add(self, flops: float, record: BlockRecord) -> None:
+        """Takes in one finished block."""
+        self.flops += flops
+        self.blocks.append(record)
+        self.linears += len(record.sparsity)
+        self.warnings += record.warnings
+        self.zeros += record.zeros
+        self.weights += record.weights
+        self.sparsity = self.zeros / max(self.weights, 1)
+
+    def close(self, seconds: float, matmul_gflops: float, peak: float) -> None:
+        """Brings the run's totals up to date."""
+        self.seconds, self.matmul_gflops, self.peak_gib = seconds, matmul_gflops, peak
+        self.achieved_gflops = self.flops / max(seconds, 1e-9) / 1e9
+
+    def to_dict(self) -> dict:
+        """Plain JSON types; NaN becomes null."""
+        return _without_nan(asdict(self))
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
