@@ -1,0 +1,517 @@
+"""Fused score and choice in Triton.
+
+n:m   a tile of rows x columns is read once; the m scores of a group lie in one thread's registers, a sorting network
+      finds the n-th largest, and a running count gives equal scores to the lower columns.
+rows  one program holds a whole row: its scores become integers of the same order, and a search over those integers
+      finds a threshold that exactly `keep` of them reach. Nothing is sorted. Rows too wide for one program go through
+      a radix search that reads the weight once per 8 bits of the key.
+
+Every kernel is launched with `enable_fp_fusion=False`: a fused multiply-add would change scores by one ulp.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wandapp.errors import BackendUnavailableError
+
+WIDEST_GROUP = 32  # the network of 32 lanes is 191 comparators; wider ones compile for minutes
+WIDEST_ROW = 32768  # 32 keys in each of 1024 threads
+NO_OFFENDER = tl.constexpr(torch.iinfo(torch.int64).max)
+
+
+def select_nm_triton(weight, column_scale, gradient, *, n, m, alpha) -> tuple[Tensor, Tensor]:
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    return mask, _launch_nm(weight, column_scale, gradient, mask, n, m, alpha, prune=False)
+
+
+def prune_nm_triton(weight, column_scale, gradient, *, n, m, alpha) -> tuple[Tensor, Tensor]:
+    if m in (2, 4, 8, 16, 32):  # bits of whole groups fill bytes
+        bitmask = _empty_bitmask(weight)
+        return bitmask, _launch_nm(weight, column_scale, gradient, bitmask, n, m, alpha, prune=True)
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    offender = _launch_nm(weight, column_scale, gradient, mask, n, m, alpha, prune=True)
+    return pack_mask(mask), offender
+
+
+def select_rows_triton(weight, column_scale, gradient, *, keep, alpha) -> tuple[Tensor, Tensor]:
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    return mask, _launch_rows(weight, column_scale, gradient, mask, keep, alpha, prune=False)
+
+
+def prune_rows_triton(weight, column_scale, gradient, *, keep, alpha) -> tuple[Tensor, Tensor]:
+    bitmask = _empty_bitmask(weight)
+    return bitmask, _launch_rows(weight, column_scale, gradient, bitmask, keep, alpha, prune=True)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """uint8 [rows, ceil(cols / 8)] from contiguous bool [rows, cols]."""
+    rows, cols = mask.shape
+    bitmask = _empty_bitmask(mask)
+    if mask.numel():
+        grid = (rows, triton.cdiv(cols, 2048))
+        _pack_mask_kernel[grid](mask.view(torch.uint8), bitmask, cols, BLOCK_COLS=2048, num_warps=4)
+    return bitmask
+
+
+def nm_tile(cols: int, m: int, itemsize: int) -> dict:
+    """Rows and (padded) columns of one program's tile: 16 bytes a thread, 32 threads along the columns."""
+    padded_m = max(2, triton.next_power_of_2(m))
+    block_cols = max(padded_m, min(512 // itemsize, triton.next_power_of_2(cols // m * padded_m)))
+    block_rows = 16 if padded_m < 16 else 8
+    return {"M_PADDED": padded_m, "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
+
+
+def row_tile(cols: int, itemsize: int) -> dict:
+    """Width of one program's row buffer, its warps, and whether the weight is read again (from L2) to be written.
+
+    32 keys a thread; the weight stays beside them only where 64 registers a thread allow it.
+    """
+    block_cols = max(32, triton.next_power_of_2(cols))
+    warps = min(32, max(1, block_cols // 1024))
+    return {"BLOCK_COLS": block_cols, "RELOAD": block_cols * itemsize > 32768, "num_warps": warps}
+
+
+def _launch_nm(weight, column_scale, gradient, output, n, m, alpha, *, prune) -> Tensor:
+    if m > WIDEST_GROUP:
+        raise BackendUnavailableError(f"the triton backend holds groups of up to {WIDEST_GROUP} columns, got m={m}")
+    rows, cols = weight.shape
+    offender = _no_offender(weight)
+    if weight.numel():
+        tile = nm_tile(cols, m, weight.element_size())
+        blocks = triton.cdiv(cols // m * tile["M_PADDED"], tile["BLOCK_COLS"])
+        word = {16: torch.int16, 32: torch.int32}.get(m, torch.uint8)
+        _select_nm_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]) * blocks,)](
+            weight, column_scale, gradient, _bytes(output).view(word) if output.dtype == torch.uint8 else _bytes(output),
+            offender, float(alpha), rows, cols, blocks, weight.stride(0), _row_stride(gradient),
+            N=n, M=m, PRUNE=prune, BITS=output.dtype == torch.uint8, **tile, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return _index(offender)
+
+
+def _launch_rows(weight, column_scale, gradient, output, keep, alpha, *, prune) -> Tensor:
+    rows, cols = weight.shape
+    offender = _no_offender(weight)
+    if weight.numel():
+        terms = (weight, column_scale, gradient, _bytes(output), offender, float(alpha), cols, keep)
+        strides = (weight.stride(0), _row_stride(gradient), output.stride(0))
+        shift = _unused_key_bits(weight, column_scale, gradient)
+        if cols > WIDEST_ROW:
+            _launch_wide_rows(terms, strides, shift, prune)
+        else:
+            _select_rows_kernel[(rows,)](
+                *terms, *strides, KEY_SHIFT=shift, PRUNE=prune, **row_tile(cols, weight.element_size()),
+                enable_fp_fusion=False,
+            )  # fmt: skip
+    return _index(offender)
+
+
+def _launch_wide_rows(terms, strides, shift, prune) -> None:
+    """Radix search, highest byte of the key first: each pass counts the keys that agree with the bytes found so far."""
+    weight, column_scale, gradient, output, offender, alpha, cols, keep = terms
+    rows, device = weight.shape[0], weight.device
+    found = torch.zeros(rows, dtype=torch.int32, device=device)  # the bytes found so far, as one integer
+    wanted = torch.full((rows,), keep, dtype=torch.int64, device=device)  # still to keep among keys that agree
+    block, steps = 2048, 8
+    options = {"BLOCK_COLS": block, "num_warps": 4, "enable_fp_fusion": False}
+    source = (weight, column_scale, gradient)
+    for digit_shift in (24, 16, 8, 0):
+        counts = torch.zeros(rows, 256, dtype=torch.int32, device=device)
+        _count_digits_kernel[(rows, triton.cdiv(cols, block * steps))](
+            *source, counts, found, offender, alpha, cols, *strides[:2], DIGIT_SHIFT=digit_shift, STEPS=steps, **options
+        )
+        larger = counts.flip(1).cumsum(1).flip(1) - counts  # keys with a larger digit than the one in this column
+        digit = (larger >= wanted[:, None]).sum(1, keepdim=True).clamp_(max=255)
+        wanted -= larger.gather(1, digit)[:, 0]
+        found = (found << 8) | digit[:, 0].int()
+    tiles = triton.cdiv(cols, block)
+    ties = torch.empty(rows, tiles, dtype=torch.int64, device=device)
+    _count_ties_kernel[(rows, tiles)](*source, ties, found, alpha, cols, *strides[:2], **options)
+    before = ties.cumsum(1) - ties
+    _write_wide_rows_kernel[(rows, tiles)](
+        *source, output, before, found, wanted, alpha, cols, *strides, PRUNE=prune, **options
+    )
+
+
+def _empty_bitmask(weight: Tensor) -> Tensor:
+    return torch.empty(weight.shape[0], (weight.shape[1] + 7) // 8, dtype=torch.uint8, device=weight.device)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8)
+
+
+def _row_stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def _no_offender(weight: Tensor) -> Tensor:
+    return torch.full((), NO_OFFENDER.value, dtype=torch.int64, device=weight.device)
+
+
+def _index(offender: Tensor) -> Tensor:
+    return torch.where(offender == NO_OFFENDER.value, -1, offender)
+
+
+def _unused_key_bits(weight: Tensor, column_scale: Tensor | None, gradient: Tensor | None) -> int:
+    """Low bits of a score that are 0 because the score is the weight's own magnitude: fewer steps of the search."""
+    if column_scale is not None or gradient is not None:
+        return 0
+    return {torch.bfloat16: 16, torch.float16: 13}.get(weight.dtype, 0)
+
+
+@triton.jit
+def score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha):
+    """|weight| * (alpha * gradient + column_scale) in fp32, each operation rounded."""
+    magnitude = tl.abs(weight_tile.to(tl.float32))
+    if column_scale_ptr is None:
+        if gradient_ptr is None:
+            return magnitude
+        else:
+            return magnitude * (alpha * tl.load(gradient_ptr + offs_gradient, mask=inside, other=0.0) + 1.0)
+    else:
+        column_scale = tl.load(column_scale_ptr + offs_cols, mask=inside, other=0.0)
+        if gradient_ptr is None:
+            return magnitude * column_scale
+        else:
+            gradient = tl.load(gradient_ptr + offs_gradient, mask=inside, other=0.0)
+            return magnitude * (alpha * gradient + column_scale)
+
+
+@triton.jit
+def report_nonfinite(score, offs_flat, inside, offender_ptr):
+    """Lowers the offender to the tile's first NaN or Inf. The index is searched for only in a tile that has one."""
+    bits = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bad = inside & (bits >= 0x7F800000)
+    if tl.max(bad.to(tl.int32)) != 0:
+        tl.atomic_min(offender_ptr, tl.min(tl.where(bad, offs_flat, NO_OFFENDER)))
+
+
+@triton.jit
+def ordered_key(score):
+    """int32 whose order is the score's order; -0.0 and +0.0 give one key."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def split_lanes(tile, COUNT: tl.constexpr):
+    """Tuple of COUNT tiles [rows, columns / COUNT]: tile l holds columns l, l + COUNT, ... of tile [rows, columns]."""
+    if COUNT == 1:
+        return (tile,)
+    else:
+        even, odd = tl.split(tile.reshape(tile.shape[0], tile.shape[1] // 2, 2))
+        evens = split_lanes(even, COUNT // 2)
+        odds = split_lanes(odd, COUNT // 2)
+        lanes = ()
+        for i in tl.static_range(COUNT // 2):
+            lanes = lanes + (evens[i], odds[i])
+        return lanes
+
+
+@triton.jit
+def _nth_largest(lanes, N: tl.constexpr, COUNT: tl.constexpr):
+    """Elementwise N-th largest (from 1) of COUNT tiles, by Batcher's odd-even merge network.
+
+    Comparators whose results nobody reads disappear in the compiler.
+    """
+    sorted_lanes = lanes
+    for p in tl.static_range(5):
+        for k in tl.static_range(5):
+            if (1 << p) < COUNT and k <= p:
+                P: tl.constexpr = 1 << p  # runs of P sorted lanes are merged into runs of 2 P
+                K: tl.constexpr = 1 << (p - k)  # distance of the compared lanes
+                for i in tl.static_range(COUNT):
+                    if i + K < COUNT and i >= K % P and ((i - K % P) // K) % 2 == 0 and i // (2 * P) == (i + K) // (2 * P):
+                        high = tl.maximum(sorted_lanes[i], sorted_lanes[i + K])
+                        low = tl.minimum(sorted_lanes[i], sorted_lanes[i + K])
+                        sorted_lanes = sorted_lanes[:i] + (high,) + sorted_lanes[i + 1 : i + K] + (low,) + sorted_lanes[i + K + 1 :]
+    return sorted_lanes[N - 1]
+
+
+@triton.jit
+def keep_bits(lanes, N: tl.constexpr, COUNT: tl.constexpr):
+    """int32 with bit l set where lane l is among the N largest of COUNT; equal lanes: the lower one."""
+    threshold = _nth_largest(lanes, N, COUNT)
+    ties = tl.zeros(threshold.shape, tl.int32) + N  # lanes equal to the threshold that may stay
+    for i in tl.static_range(COUNT):
+        ties -= (lanes[i] > threshold).to(tl.int32)
+    bits = tl.zeros(threshold.shape, tl.int32)
+    for i in tl.static_range(COUNT):
+        equal = lanes[i] == threshold
+        bits |= ((lanes[i] > threshold) | (equal & (ties > 0))).to(tl.int32) << i
+        ties -= equal.to(tl.int32)
+    return bits
+
+
+@triton.jit
+def bytes_of(bits, WIDTH: tl.constexpr):
+    """Joins neighbouring WIDTH-bit fields of bits [rows, fields] into bytes; wider fields stay."""
+    if WIDTH >= 8:
+        return bits
+    else:
+        fields = split_lanes(bits, 8 // WIDTH)
+        joined = fields[0]
+        for i in tl.static_range(1, 8 // WIDTH):
+            joined |= fields[i] << (i * WIDTH)
+        return joined
+
+
+@triton.jit
+def spread_bits(bits, COUNT: tl.constexpr):
+    """bool [rows, fields * COUNT]: bit i of every field of bits [rows, fields]."""
+    place = tl.arange(0, COUNT)[None, None, :]
+    return ((bits[:, :, None] >> place) & 1).reshape(bits.shape[0], bits.shape[1] * COUNT) != 0
+
+
+@triton.jit
+def _select_nm_kernel(
+    weight_ptr,
+    column_scale_ptr,
+    gradient_ptr,
+    output_ptr,  # BITS: the bitmask in words of max(8, M) bits; else bool [rows, cols]
+    offender_ptr,
+    alpha,
+    rows,
+    cols,
+    column_blocks,
+    stride_weight_row,
+    stride_gradient_row,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    M_PADDED: tl.constexpr,
+    PRUNE: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    block_row = tl.program_id(0) // column_blocks
+    block_col = tl.program_id(0) % column_blocks
+    offs_rows = (block_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
+    offs_slots = block_col * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
+    if M == M_PADDED:
+        offs_cols = offs_slots
+        keep_cols = offs_cols < cols
+    else:  # a group takes M_PADDED slots, the last ones empty
+        offs_cols = offs_slots // M_PADDED * M + offs_slots % M_PADDED
+        keep_cols = (offs_slots % M_PADDED < M) & (offs_cols < cols)
+    inside = (offs_rows < rows) & keep_cols
+
+    weight_tile = tl.load(weight_ptr + offs_rows * stride_weight_row + offs_cols, mask=inside, other=0.0)
+    offs_gradient = offs_rows * stride_gradient_row + offs_cols
+    score = score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha)
+    report_nonfinite(score, offs_rows * cols + offs_cols, inside, offender_ptr)
+    if M != M_PADDED:
+        score = tl.where(offs_slots % M_PADDED < M, score, float("-inf"))
+
+    bits = keep_bits(split_lanes(score, M_PADDED), N, M_PADDED)  # [BLOCK_ROWS, BLOCK_COLS / M_PADDED]
+    keep = spread_bits(bits, M_PADDED)
+    if PRUNE:
+        kept = tl.where(keep & (weight_tile != 0), weight_tile, 0.0)
+        tl.store(weight_ptr + offs_rows * stride_weight_row + offs_cols, kept, mask=inside)
+    if BITS:
+        WORD: tl.constexpr = max(M, 8)
+        offs_words = block_col * (BLOCK_COLS // WORD) + tl.arange(0, max(BLOCK_COLS // WORD, 1))[None, :]
+        words = tl.cdiv(cols, WORD)
+        offs_groups = block_col * (BLOCK_COLS // M) + tl.arange(0, BLOCK_COLS // M)[None, :]
+        bits = tl.where(offs_groups < cols // M, bits, 0)
+        tl.store(
+            output_ptr + offs_rows * words + offs_words,
+            bytes_of(bits, M),
+            mask=(offs_rows < rows) & (offs_words < words),
+        )
+    else:
+        tl.store(output_ptr + offs_rows * cols + offs_cols, keep.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _select_rows_kernel(
+    weight_ptr,
+    column_scale_ptr,
+    gradient_ptr,
+    output_ptr,  # PRUNE: the bitmask; else bool [rows, cols]
+    offender_ptr,
+    alpha,
+    cols,
+    keep,
+    stride_weight_row,
+    stride_gradient_row,
+    stride_output_row,
+    KEY_SHIFT: tl.constexpr,
+    PRUNE: tl.constexpr,
+    RELOAD: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_cols = tl.arange(0, BLOCK_COLS)
+    inside = offs_cols < cols
+    weight_ptrs = weight_ptr + row * stride_weight_row + offs_cols
+    weight_tile = tl.load(weight_ptrs, mask=inside, other=0.0)
+    offs_gradient = row * stride_gradient_row + offs_cols
+    score = score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha)
+    report_nonfinite(score, row * cols + offs_cols, inside, offender_ptr)
+
+    # reach(t) = number of keys >= t. Always reach(low) > keep >= reach(high), until reach(high) == keep or only keys
+    # equal to low lie between. Steps alternate between the middle and the place where a straight line would put `keep`.
+    key = ordered_key(score) >> KEY_SHIFT
+    low = tl.min(tl.where(inside, key, 0x7FFFFFFF)).to(tl.int64)
+    high = tl.max(tl.where(inside, key, -0x80000000)).to(tl.int64) + 1
+    key = tl.where(inside, key, -0x80000000)
+    reach_low, reach_high = cols, 0
+    if keep == cols:
+        high, reach_high = low, cols
+    step = 0
+    while (reach_high != keep) & (high - low > 1):
+        fraction = tl.where(step % 2 == 0, (reach_low - keep).to(tl.float32) / (reach_low - reach_high), 0.5)
+        jump = ((high - low).to(tl.float32) * fraction).to(tl.int64)
+        middle = low + tl.minimum(tl.maximum(jump, 1), high - low - 1)
+        reach = tl.sum((key >= middle.to(tl.int32)).to(tl.int32))
+        too_many = reach > keep
+        low, reach_low = tl.where(too_many, middle, low), tl.where(too_many, reach, reach_low)
+        high, reach_high = tl.where(too_many, high, middle), tl.where(too_many, reach_high, reach)
+        step += 1
+
+    # Of the keys equal to low, those left of column `edge` stay.
+    edge, right = 0, cols
+    while (reach_high != keep) & (edge < right):
+        middle_col = (edge + right) // 2
+        ties = tl.sum(((key == low.to(tl.int32)) & (offs_cols < middle_col)).to(tl.int32))
+        enough = reach_high + ties >= keep
+        right, edge = tl.where(enough, middle_col, right), tl.where(enough, edge, middle_col + 1)
+    kept = (key >= high.to(tl.int32)) | ((key == low.to(tl.int32)) & (offs_cols < edge))
+    kept = kept & inside
+
+    output_row_ptr = output_ptr + row * stride_output_row
+    if PRUNE:
+        if RELOAD:
+            weight_tile = tl.load(weight_ptrs, mask=inside, other=0.0)
+        tl.store(weight_ptrs, tl.where(kept & (weight_tile != 0), weight_tile, 0.0), mask=inside)
+        _store_bits(output_row_ptr, kept, 0, cols, BLOCK_COLS)
+    else:
+        tl.store(output_row_ptr + offs_cols, kept.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _store_bits(bitmask_row_ptr, kept, first_col, cols, BLOCK_COLS: tl.constexpr):
+    """Stores kept [BLOCK_COLS] as bits of the bytes from column first_col on; kept must be False beyond cols."""
+    fields = kept.to(tl.int32).reshape(1, BLOCK_COLS)
+    offs_bytes = first_col // 8 + tl.arange(0, BLOCK_COLS // 8)[None, :]
+    tl.store(bitmask_row_ptr + offs_bytes, bytes_of(fields, 1), mask=offs_bytes < tl.cdiv(cols, 8))
+
+
+@triton.jit
+def _pack_mask_kernel(mask_ptr, bitmask_ptr, cols, BLOCK_COLS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    first_col = tl.program_id(1) * BLOCK_COLS
+    offs_cols = first_col + tl.arange(0, BLOCK_COLS)
+    kept = tl.load(mask_ptr + row * cols + offs_cols, mask=offs_cols < cols, other=0)
+    _store_bits(bitmask_ptr + row * tl.cdiv(cols, 8), kept, first_col, cols, BLOCK_COLS)
+
+
+@triton.jit
+def _wide_key(
+    weight_tile, column_scale_ptr, gradient_ptr, row, offs_cols, inside, alpha, cols, stride_gradient_row, offender_ptr
+):
+    """Key of a tile of a wide row, shifted to unsigned order: its bytes are the digits of the radix search."""
+    offs_gradient = row * stride_gradient_row + offs_cols
+    score = score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha)
+    if offender_ptr is not None:
+        report_nonfinite(score, row * cols + offs_cols, inside, offender_ptr)
+    return ordered_key(score) ^ -0x80000000
+
+
+@triton.jit
+def _count_digits_kernel(
+    weight_ptr,
+    column_scale_ptr,
+    gradient_ptr,
+    counts_ptr,
+    found_ptr,
+    offender_ptr,
+    alpha,
+    cols,
+    stride_weight_row,
+    stride_gradient_row,
+    DIGIT_SHIFT: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    found = tl.load(found_ptr + row)
+    counts = tl.zeros((256,), tl.int32)
+    for step in range(STEPS):
+        offs_cols = (tl.program_id(1) * STEPS + step).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        inside = offs_cols < cols
+        weight_tile = tl.load(weight_ptr + row * stride_weight_row + offs_cols, mask=inside, other=0.0)
+        key = _wide_key(
+            weight_tile, column_scale_ptr, gradient_ptr, row, offs_cols, inside, alpha, cols, stride_gradient_row,
+            offender_ptr if DIGIT_SHIFT == 24 else None,
+        )  # fmt: skip
+        agrees = inside
+        if DIGIT_SHIFT < 24:
+            agrees = inside & ((key >> (DIGIT_SHIFT + 8)) == ((found << (DIGIT_SHIFT + 8)) >> (DIGIT_SHIFT + 8)))
+        counts += tl.histogram((key >> DIGIT_SHIFT) & 0xFF, 256, mask=agrees)
+    tl.atomic_add(counts_ptr + row * 256 + tl.arange(0, 256), counts, mask=counts != 0)
+
+
+@triton.jit
+def _count_ties_kernel(
+    weight_ptr,
+    column_scale_ptr,
+    gradient_ptr,
+    ties_ptr,
+    found_ptr,
+    alpha,
+    cols,
+    stride_weight_row,
+    stride_gradient_row,
+    BLOCK_COLS: tl.constexpr,
+):
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    offs_cols = tile.to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inside = offs_cols < cols
+    weight_tile = tl.load(weight_ptr + row * stride_weight_row + offs_cols, mask=inside, other=0.0)
+    key = _wide_key(
+        weight_tile, column_scale_ptr, gradient_ptr, row, offs_cols, inside, alpha, cols, stride_gradient_row, None
+    )
+    ties = tl.sum((inside & (key == tl.load(found_ptr + row))).to(tl.int32))
+    tl.store(ties_ptr + row * tl.num_programs(1) + tile, ties)
+
+
+@triton.jit
+def _write_wide_rows_kernel(
+    weight_ptr,
+    column_scale_ptr,
+    gradient_ptr,
+    output_ptr,
+    before_ptr,
+    found_ptr,
+    wanted_ptr,
+    alpha,
+    cols,
+    stride_weight_row,
+    stride_gradient_row,
+    stride_output_row,
+    PRUNE: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    offs_cols = tile.to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inside = offs_cols < cols
+    weight_ptrs = weight_ptr + row * stride_weight_row + offs_cols
+    weight_tile = tl.load(weight_ptrs, mask=inside, other=0.0)
+    key = _wide_key(
+        weight_tile, column_scale_ptr, gradient_ptr, row, offs_cols, inside, alpha, cols, stride_gradient_row, None
+    )
+    threshold = tl.load(found_ptr + row)
+    tied = inside & (key == threshold)
+    left = tl.load(wanted_ptr + row) - tl.load(before_ptr + row * tl.num_programs(1) + tile)
+    kept = tied & (tl.cumsum(tied.to(tl.int32)) <= left)
+    kept = kept | (inside & ((key ^ -0x80000000) > (threshold ^ -0x80000000)))
+    output_row_ptr = output_ptr + row * stride_output_row
+    if PRUNE:
+        tl.store(weight_ptrs, tl.where(kept & (weight_tile != 0), weight_tile, 0.0), mask=inside)
+        _store_bits(output_row_ptr, kept, tile.to(tl.int64) * BLOCK_COLS, cols, BLOCK_COLS)
+    else:
+        tl.store(output_row_ptr + offs_cols, kept.to(tl.int8), mask=inside)
