@@ -300,23 +300,24 @@ class Recording:
 
 
 @contextmanager
-def _recorders(blocks: nn.ModuleList, on_call: Callable[[int, Tensor, RecordedCall], None]):
-    """Replaces each block's forward: it reports its arguments and returns its hidden states unchanged."""
-    wraps_in_tuple: list[bool] = []
+def _replaced_forwards(blocks: nn.ModuleList, replace: Callable[[int, Tensor, RecordedCall], Tensor]):
+    """Makes each block return replace(index, hidden states, other arguments), in the form its own forward returns."""
+    wraps_in_tuple: list[bool] = []  # some models index a block's output, so its form must be kept
 
     def install(index: int, block: nn.Module):
         original = block.forward
 
-        def record(*args, **kwargs):
+        def forward(*args, **kwargs):
             keyword = None if args else "hidden_states"
             hidden = args[0] if args else kwargs[keyword]
             rest = {key: value for key, value in kwargs.items() if key != keyword}
-            on_call(index, hidden, RecordedCall(args[1:], rest, keyword))
-            if not wraps_in_tuple:  # some models index the block's output, so its form must be kept
-                wraps_in_tuple.append(isinstance(original(*args, **kwargs), tuple))
-            return (hidden,) if wraps_in_tuple[0] else hidden
+            output = replace(index, hidden, RecordedCall(args[1:], rest, keyword))
+            if not wraps_in_tuple:
+                with torch.no_grad():
+                    wraps_in_tuple.append(isinstance(original(*args, **kwargs), tuple))
+            return (output,) if wraps_in_tuple[0] else output
 
-        block.forward = record
+        block.forward = forward
 
     for index, block in enumerate(blocks):
         install(index, block)
@@ -325,6 +326,12 @@ def _recorders(blocks: nn.ModuleList, on_call: Callable[[int, Tensor, RecordedCa
     finally:
         for block in blocks:
             del block.forward
+
+
+def forward_from(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Logits [samples, seq_len, vocabulary] of the model if its last block returned `hidden` for these tokens."""
+    with _replaced_forwards(blocks, lambda index, *_: hidden):
+        return model(input_ids=tokens, use_cache=False).logits
 
 
 @torch.no_grad()
@@ -341,7 +348,7 @@ def record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: 
     hidden_states: Tensor | None = None
     start = 0
 
-    def on_call(index: int, hidden: Tensor, call: RecordedCall) -> None:
+    def on_call(index: int, hidden: Tensor, call: RecordedCall) -> Tensor:
         nonlocal hidden_states
         size = len(hidden)
         if index == 0 and start is not None:
@@ -352,6 +359,7 @@ def record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: 
             raise _StopForward
         earlier = calls[index].setdefault(size, call)
         _refuse_text_dependence(earlier, call, type(blocks[index]).__name__)
+        return hidden
 
     def forward(batch: Tensor) -> None:
         try:
@@ -360,7 +368,7 @@ def record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: 
             pass
         times_recorded[len(batch)] = times_recorded.get(len(batch), 0) + 1
 
-    with _recorders(blocks, on_call):
+    with _replaced_forwards(blocks, on_call):
         for start in range(0, len(tokens), batch_size):
             forward(tokens[start : start + batch_size])
         start = None

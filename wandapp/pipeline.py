@@ -79,11 +79,10 @@ def prune(
 def _run(store: ModelStore, method, tokens: Tensor, pattern: SparsityPattern, report: PruneReport, on_progress) -> None:
     clock = _Clock(report.seconds_by_phase)
     rate = MachineRate(store.device, next(store.model.parameters()).dtype)
-    with clock("prepare"):
-        method.prepare(store.model, tokens)
-        report.flops += method.prepare_flops
     with clock("record"):
         hidden = store.record(tokens, report.batch_size)
+    with clock("prepare"):
+        report.flops += method.prepare(store, tokens, hidden)
     for index in range(len(store)):
         rate.sample()
         with store.open_block(index) as block:

@@ -7,6 +7,7 @@
 Linear maps fed by one tensor (q, k and v; gate and up) share its statistics, which are computed once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -61,13 +62,18 @@ class RegionalGradient:
 
     def update(self, x: Tensor, output_gradient: Tensor) -> None:
         """Adds (dy_n^T x_n)^2 for each sample; x [samples, tokens, in], output_gradient [samples, tokens, out]."""
-        for sample_x, sample_gradient in zip(x, output_gradient, strict=True):
-            gradient = (sample_gradient.T @ sample_x).float()  # [out, in]
+        for gradient in weight_gradients(x, output_gradient):
             self.sumsq.addcmul_(gradient, gradient)
 
     def value(self) -> Tensor:
         """G [out_features, in_features] fp32: root mean square over samples."""
         return (self.sumsq / self.samples).sqrt_()
+
+
+def weight_gradients(x: Tensor, output_gradient: Tensor) -> Iterator[Tensor]:
+    """Each sample's weight gradient dy_n^T x_n, [out, in] fp32; x [samples, tokens, in], output_gradient [.., out]."""
+    for sample_x, sample_gradient in zip(x, output_gradient, strict=True):
+        yield (sample_gradient.T @ sample_x).float()
 
 
 @dataclass

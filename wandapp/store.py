@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wandapp.blocks import DecoderBlock, Recording, UnsupportedLayoutError, find_blocks, find_linears, record
+from wandapp.blocks import DecoderBlock, Recording, UnsupportedLayoutError, find_blocks, find_linears, forward_from, record
 from wandapp.errors import WandappError
 from wandapp.pattern import SparsityPattern
 
@@ -41,10 +41,21 @@ class ModelStore:
 
     def record(self, tokens: Tensor, batch_size: int) -> Tensor:
         """Records every block's call arguments; returns the first block's inputs [samples, seq_len, hidden_size]."""
+        self.batch_size = batch_size
         self.recording = record(self.model, self.blocks, tokens, batch_size)
         self.attention_flops_per_token = _attention_flops_per_token(self.model.config, tokens.shape[1])
         self._moved: dict[int, Tensor] = {}
         return self.recording.hidden.to(self.device)
+
+    def loss_gradient(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Gradient of the summed per-sample mean next-token loss by the last block's outputs hidden [samples, seq_len, ..]."""
+        home = next(self.model.parameters()).device
+        leaf = hidden.detach().to(home).requires_grad_(True)
+        with torch.enable_grad():
+            logits = forward_from(self.model, self.blocks, tokens.to(home), leaf)[:, :-1].float()  # [samples, seq_len - 1, vocab]
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(home), reduction="sum")
+            (loss / (tokens.shape[1] - 1)).backward()
+        return leaf.grad.to(self.device)
 
     @contextmanager
     def open_block(self, index: int) -> Iterator[DecoderBlock]:

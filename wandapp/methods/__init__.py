@@ -3,6 +3,7 @@
 from wandapp.config import PruneConfig
 from wandapp.errors import WandappError, nearest
 from wandapp.methods.base import Method
+from wandapp.methods.gblm import GBLM
 from wandapp.methods.magnitude import Magnitude
 from wandapp.methods.rgs import RegionalGradientScore
 from wandapp.methods.ro import RegionalOptimisation
@@ -15,6 +16,7 @@ METHODS: dict[str, type[Method]] = {
     "wanda": Wanda,
     "wanda-cumulative": WandaCumulative,
     "sparsegpt": SparseGPT,
+    "gblm": GBLM,
     "rgs": RegionalGradientScore,
 }
 REFINERS = {"ro": RegionalOptimisation}

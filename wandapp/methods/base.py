@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wandapp.blocks import DecoderBlock, LinearView
 from wandapp.config import PruneConfig
@@ -49,14 +49,17 @@ class Method:
     """A pruning method. One object prunes all blocks of a model, in order."""
 
     needs: frozenset[str] = frozenset()  # statistics it reads (wandapp.statistics)
-    prepare_flops = 0.0  # spent in `prepare`
     compensates = False  # whether `apply` also changes the weights it keeps
 
     def __init__(self, config: PruneConfig):
         self.config = config
 
-    def prepare(self, model: nn.Module, tokens: Tensor) -> None:
-        """Called once, on the dense model, with the calibration tokens [samples, seq_len]."""
+    def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
+        """Called once, on the dense model in `store`, before any block is pruned; returns the FLOPs it spent.
+
+        tokens [samples, seq_len], hidden [samples, seq_len, hidden_size] the first block's inputs
+        """
+        return 0.0
 
     def terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
         """The score of one linear map."""

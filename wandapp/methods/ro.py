@@ -33,8 +33,8 @@ class RegionalOptimisation(Method):
         super().__init__(config)
         self.method, self.needs = method, method.needs
 
-    def prepare(self, model: nn.Module, tokens: Tensor) -> None:
-        self.method.prepare(model, tokens)
+    def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
+        return self.method.prepare(store, tokens, hidden)
 
     def prune_block(self, block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern) -> BlockRecord:
         record = BlockRecord(block.name)

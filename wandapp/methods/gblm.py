@@ -1,0 +1,85 @@
+"""GBLM-Pruner (arXiv:2311.04902): score_ij = |W_ij| * (alpha * G_ij + s_j), G from the full model's language-model loss.
+
+    l2   G = sqrt((1/N) sum_n g_n^2)        l1   G = (1/N) sum_n |g_n|        alpha = 100 * sqrt(N)
+
+g_n is the gradient of sample n's mean next-token cross-entropy on the dense model. With l2 this equals the authors' code,
+whose G is sqrt(sum_n (100 g_n)^2) and whose alpha is 1.
+"""
+
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wandapp.blocks import DecoderBlock, LinearView
+from wandapp.config import PruneConfig
+from wandapp.methods.base import Method, ScoreTerms
+from wandapp.statistics import Measurements, weight_gradients
+
+PAPER_ALPHA = 100.0
+
+
+class GBLM(Method):
+    """One backward through the whole model per sample, block by block: each block's forward is repeated for its backward.
+
+    Beside the model only one batch's block inputs are in memory; the sums of gradients are memory-mapped files.
+    """
+
+    needs = frozenset({"column_norm"})
+
+    def __init__(self, config: PruneConfig):
+        super().__init__(config)
+        self._folder = tempfile.TemporaryDirectory(prefix="wandapp-gblm-")
+        self._sums: dict[str, Tensor] = {}
+
+    def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
+        flops = 0.0
+        batch_size = 1 if any(view.is_expert for view in store.linears[0].values()) else store.batch_size
+        for start in range(0, len(tokens), batch_size):
+            rows = slice(start, min(start + batch_size, len(tokens)))
+            inputs = [hidden[rows]]
+            for index in range(len(store)):
+                with store.open_block(index) as block:
+                    inputs.append(block(inputs[-1]))
+                    flops += block.flops
+            gradient = store.loss_gradient(tokens[rows], inputs.pop())
+            for index in reversed(range(len(store))):
+                with store.open_block(index) as block:
+                    gradient = self._backward(block, inputs.pop(), gradient)
+                    flops += block.flops
+        return flops
+
+    def _backward(self, block: DecoderBlock, hidden: Tensor, output_gradient: Tensor) -> Tensor:
+        """Adds one batch's weight gradients of a block to the sums; returns the gradient of its input."""
+        hidden = hidden.detach().requires_grad_(True)
+        samples = len(hidden)
+
+        def observe(view: LinearView, x: Tensor, y: Tensor) -> None:
+            if view.name in block.linears:
+                rows = x.detach().reshape(1 if view.is_expert else samples, -1, x.shape[-1])
+                y.register_hook(lambda grad: self._add(view, rows, grad.reshape(len(rows), -1, grad.shape[-1])))
+
+        with torch.enable_grad():
+            output = block.watch(hidden, observe)
+            block.backward((output * output_gradient).sum(), tokens=samples * hidden.shape[1])
+        return hidden.grad
+
+    def _add(self, view: LinearView, x: Tensor, output_gradient: Tensor) -> None:
+        total = self._sums.get(view.name)
+        if total is None:
+            rows, columns = view.weight.shape
+            path = str(Path(self._folder.name) / view.name)
+            total = torch.from_file(path, shared=True, size=rows * columns, dtype=torch.float32).view(rows, columns)
+            self._sums[view.name] = total
+        for gradient in weight_gradients(x, output_gradient):
+            total += (gradient.abs() if self.config.gblm_norm == "l1" else gradient.square()).to(total.device)
+
+    def terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
+        if view.name not in self._sums:  # an expert that no token of the dense model reached has no gradient
+            return ScoreTerms(measured.column_norm(view))
+        mean = self._sums[view.name].to(view.weight.device) / measured.samples
+        gradient = mean if self.config.gblm_norm == "l1" else mean.sqrt_()
+        alpha = PAPER_ALPHA if self.config.alpha is None else float(self.config.alpha)
+        return ScoreTerms(measured.column_norm(view), gradient, alpha * math.sqrt(measured.samples))
