@@ -34,31 +34,38 @@ class PruneConfig(BaseModel):
     # What is pruned
     method: str = Field("wanda", description="a method, or method+refiner such as rgs+ro; wanda: arXiv:2306.11695")
     sparsity: str = Field("2:4", description="n:m (keeps n of every m inputs) or a fraction of zeros")
-    skip: tuple[str, ...] = Field((), description="regular expressions; a linear whose dotted name has one stays dense")
+    skip: tuple[str, ...] = Field(
+        (), description="regular expression; linear maps whose dotted name has a match stay dense; may be repeated"
+    )
     magnitude_group: Literal["row", "matrix"] = Field(
         "matrix", description="comparison group of unstructured magnitude; matrix: as in the Wanda authors' code"
     )
 
-    # Calibration: 128 samples x 2048 tokens of C4, seed 0, is the setting of arXiv:2306.11695
+    # Calibration: 128 samples x 2048 tokens of C4, seed 0, is the setting of Wanda's authors (arXiv:2306.11695)
     calibration: str = Field("c4", description="c4, wikitext2, pydoc, self, a file, or a hub dataset")
-    samples: int = Field(128, ge=1, description="number of calibration samples")
-    seq_len: int = Field(2048, ge=2, description="tokens per sample, whatever the model's context length is")
+    samples: int | None = Field(
+        None, ge=1, description="number of calibration samples; default 128, or all rows of a file of token ids"
+    )
+    seq_len: int | None = Field(
+        None,
+        ge=2,
+        description="tokens per sample; default 2048 whatever the model's context is, or the token file's width",
+    )
     seed: int = Field(0, ge=0, description="seed of every random choice")
     text_field: str = Field("text", description="name of the text column in .jsonl, .parquet and hub datasets")
     save_calibration: str | None = Field(None, description=".safetensors or .npy file for the tokens that were used")
-    batch_size: int | None = Field(
-        None, ge=1, description="samples per forward; None: chosen from the memory they need"
-    )
+    batch_size: int | None = Field(None, ge=1, description="samples per forward; default: as many as the machine likes")
 
     # Methods. alpha, samples per round, rounds and learning rate of Wanda++: arXiv:2503.04992
     preset: Literal["paper", "robust"] | None = Field(None, description="a named set of method options")
     alpha: float | Literal["auto"] | None = Field(
-        None, description="weight of the gradient in the score; None: the method's own (100 for rgs and gblm)"
+        None,
+        description="weight of the gradient in the score, or auto; default: the method's own, 100 for rgs and gblm",
     )
     ro_rounds: int = Field(5, ge=0, description="rounds of regional optimisation (K)")
     ro_samples: int = Field(32, ge=1, description="samples drawn per round (M)")
     ro_lr: float | None = Field(
-        None, gt=0, description="learning rate of regional optimisation; None: 3e-7, scaled to the storage dtype"
+        None, gt=0, description="learning rate of regional optimisation; default 3e-7, scaled to the storage dtype"
     )
     gblm_norm: Literal["l2", "l1"] = Field("l2", description="how gblm joins gradients of samples (arXiv:2311.04902)")
     damping: float = Field(

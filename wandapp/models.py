@@ -65,6 +65,26 @@ def load_model(reference: str | Path, *, dtype: str | torch.dtype = "auto", devi
     return LoadedModel(model.eval().to(target), tokenizer, str(reference))
 
 
+def generate(model: nn.Module, tokenizer: Any | None, prompt: str, max_new_tokens: int) -> str:
+    """The model's most likely continuation of `prompt`, without the prompt."""
+    if tokenizer is None:
+        raise WandappError(
+            "text needs a tokenizer, and this checkpoint has none; copy the base model's tokenizer beside it"
+        )
+    tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if tokens["input_ids"].numel() == 0:
+        raise WandappError(f"the prompt {prompt!r} has no tokens; give some text")
+    with torch.inference_mode(), _quiet_transformers():
+        written = model.generate(
+            tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+        )
+    return tokenizer.decode(written[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def resolve_device(name: str) -> torch.device:
     """The torch device that "auto", "cpu", "cuda" or "cuda:N" means here."""
     if name == "auto":

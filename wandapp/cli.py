@@ -1,0 +1,291 @@
+"""The command `wandapp`. Each subcommand reads its options, calls the library and prints; nothing is computed here.
+
+Exit codes: 0 done, 1 verification failed, 2 bad input (one sentence on stderr), 3 interrupted.
+"""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+from wandapp import __version__
+from wandapp.config import PruneConfig
+from wandapp.console import Output, fail
+from wandapp.errors import WandappError
+
+Json = Annotated[bool, typer.Option("--json", help="last line of stdout is one JSON object; all else goes to stderr")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+ModelArgument = Annotated[str, typer.Argument(help="hub id, local folder, .gguf file, or smollm2")]
+
+app = typer.Typer(
+    help="Prune large language models in one shot, and prove the pattern.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except WandappError as error:
+        fail(error)
+        sys.exit(2)
+    except SystemExit as exit:
+        if exit.code == 130:  # what a shell calls SIGINT
+            fail(InterruptedError("interrupted; an unfinished output was removed"))
+            sys.exit(3)
+        raise
+
+
+def _with_config_options(command: Callable) -> Callable:
+    """The command with one flag per field of PruneConfig; those that were given arrive in `options`.
+
+    Values stay text: PruneConfig alone decides what is valid and says what is not.
+    """
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "options"]
+    flags = [_flag(name, field) for name, field in PruneConfig.model_fields.items() if name != "model"]
+
+    def run(**given: Any) -> None:
+        arguments = {p.name: given.pop(p.name) for p in own}
+        command(**arguments, options={name: value for name, value in given.items() if value})
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *flags)]
+    run.__signature__ = inspect.Signature(parameters)
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__doc__ = command.__doc__
+    return run
+
+
+def _flag(name: str, field: Any) -> inspect.Parameter:
+    default = "" if field.default in (None, False, ()) else f" [{field.default}]"
+    kind = {bool: bool, tuple: list[str]}.get(get_origin(field.annotation) or field.annotation, str)
+    metavar = None if kind is bool else _metavar(field.annotation)
+    option = typer.Option(f"--{name.replace('_', '-')}", help=f"{field.description}{default}", metavar=metavar)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _metavar(annotation: Any) -> str:
+    """What a flag's value looks like: "row|matrix", "float|auto", "int", "text"."""
+    if get_origin(annotation) in (Union, UnionType):
+        return "|".join(_metavar(member) for member in get_args(annotation) if member is not NoneType)
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    return annotation.__name__ if annotation in (int, float) else "text"
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.command("prune")
+@_with_config_options
+def prune_command(
+    model: Annotated[str | None, typer.Argument(help="hub id, local folder, .gguf file, or smollm2")] = None,
+    config: Annotated[Path | None, typer.Option(help="recipe.yaml with any of these options; flags win")] = None,
+    json_only: Json = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Prune MODEL and write a checkpoint that transformers loads."""
+    output = Output(json_only)
+    if model is not None:
+        options["model"] = model
+    recipe = PruneConfig.from_yaml(config, **options) if config else PruneConfig(**options)
+    report = run_recipe(recipe, output)
+    output.finish({"model": recipe.model, "out": recipe.out, **report.to_dict()})
+
+
+def run_recipe(recipe: PruneConfig, output: Output) -> Any:
+    """Load, prune, save; the report. Whatever can be refused is refused before the model is loaded."""
+    from wandapp import methods
+
+    for name, example in (("model", "wandapp prune smollm2 ..."), ("out", "--out pruned-model")):
+        if getattr(recipe, name) is None:
+            raise WandappError(f"prune needs {name}; give it, e.g. {example}")
+    methods.resolve(recipe.method)
+    from wandapp.models import check_output, load_model, save_pruned
+
+    check_output(recipe.out, recipe.overwrite)
+    output.note(f"loading {recipe.model}")
+    model, tokenizer = load_model(recipe.model, dtype=recipe.dtype)
+    report = prune_with_progress(model, tokenizer, recipe, output)
+    save_pruned(model, tokenizer, recipe.out, files=companion_files(recipe, report), overwrite=recipe.overwrite)
+    output.rows(summary(recipe, report))
+    return report
+
+
+def prune_with_progress(model: Any, tokenizer: Any, recipe: PruneConfig, output: Output) -> Any:
+    """Prune in place, showing the block in work and the time left; warnings are printed at the end."""
+    from wandapp.pipeline import prune
+
+    with output.progress(f"{recipe.method} {recipe.sparsity}: block") as update:
+        report = prune(
+            model,
+            tokenizer,
+            config=recipe,
+            on_progress=lambda p: update(p.block, p.blocks, f"{p.peak_gib:.1f} GiB  {p.message}", p.eta_seconds),
+        )
+    for warning in report.warnings:
+        output.warn(warning)
+    return report
+
+
+def summary(recipe: PruneConfig, report: Any) -> dict[str, str]:
+    """What a person wants to know after a run."""
+    return {
+        "pruned": f"{recipe.model} with {recipe.method} to {recipe.sparsity}, {report.linears} linear maps",
+        "sparsity": f"{report.sparsity:.4f}",
+        "time": f"{report.seconds:.1f} s at {report.achieved_gflops:.0f} GFLOP/s; a plain matmul here runs at "
+        f"{report.matmul_gflops:.0f} GFLOP/s",
+        "peak memory": f"{report.peak_gib:.2f} GiB",
+        "calibration": report.calibration,
+        "saved": str(recipe.out),
+    }
+
+
+def companion_files(recipe: PruneConfig, report: Any) -> dict[str, str]:
+    """Recipe, report and model card that lie beside the weights."""
+    return {
+        "wandapp/recipe.yaml": recipe.dump_yaml(),
+        "wandapp/report.json": json.dumps(report.to_dict(), indent=1) + "\n",
+        "README.md": _model_card(recipe, report),
+    }
+
+
+def _model_card(recipe: PruneConfig, report: Any) -> str:
+    return f"""---
+library_name: transformers
+tags: [pruned, sparse]
+---
+# {Path(recipe.model).name}, pruned to {recipe.sparsity}
+
+Pruned in one shot by wandapp {__version__} with `{recipe.method}`: {report.sparsity:.2%} of the weights in
+{report.linears} linear maps are zero. They are stored dense, so any program that loads the base model loads this one.
+
+- Base model: `{recipe.model}`
+- Calibration: {report.calibration}
+- Exact options: `wandapp/recipe.yaml`; costs and warnings: `wandapp/report.json`
+- Check the pattern: `wandapp verify . --sparsity {recipe.sparsity}`
+"""
+
+
+@app.command("eval")
+def eval_command(
+    model: ModelArgument,
+    text: Annotated[str, typer.Option(help="wikitext2, c4, pydoc, or a file")] = "wikitext2",
+    seq_len: Annotated[int, typer.Option(min=2, help="tokens per window")] = 2048,
+    windows: Annotated[int | None, typer.Option(min=1, help="windows to use; all when left out")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="windows per forward")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    json_only: Json = False,
+) -> None:
+    """Measure perplexity, and state everything the figure depends on."""
+    from wandapp.evaluate import perplexity
+    from wandapp.models import load_model
+
+    output = Output(json_only)
+    output.note(f"loading {model}")
+    loaded = load_model(model, dtype=dtype, device=device)
+    with output.progress("window") as update:
+        result = perplexity(
+            loaded.model,
+            loaded.tokenizer,
+            text=text,
+            seq_len=seq_len,
+            windows=windows,
+            batch_size=batch_size,
+            on_progress=update,
+        )
+    figures = result.to_dict()
+    output.rows({name: f"{value:.4f}" if name == "perplexity" else str(value) for name, value in figures.items()})
+    output.finish({"model": model, **figures})
+
+
+@app.command("verify")
+def verify_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    sparsity: Annotated[str | None, typer.Option(help="pattern to check; left out: the folder's own recipe")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="regular expression of linear maps left out")] = None,
+    json_only: Json = False,
+) -> None:
+    """Check that every linear map holds the pattern; exit 1 and name the first place where one does not."""
+    from wandapp.models import load_model
+    from wandapp.verify import verify_model
+
+    output = Output(json_only)
+    if sparsity is None:
+        recipe = PruneConfig.from_yaml(folder / "wandapp" / "recipe.yaml")
+        sparsity, skip = recipe.sparsity, skip or recipe.skip
+    report = verify_model(load_model(str(folder)).model, sparsity, skip=tuple(skip or ()))
+    verdict = f"ok: {report.linears} linear maps hold {sparsity}" if report.ok else f"failed: {report.first_offence}"
+    output.result(f"{verdict} (sparsity {report.sparsity:.4f})")
+    output.finish(
+        {"ok": report.ok, "linears": report.linears, "sparsity": report.sparsity, "first_offence": report.first_offence}
+    )
+    raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command("generate")
+def generate_command(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 64,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Continue PROMPT, always with the most likely token."""
+    from wandapp.models import generate, load_model
+
+    loaded = load_model(model, dtype=dtype, device=device)
+    print(prompt + generate(loaded.model, loaded.tokenizer, prompt, max_new_tokens))
+
+
+@app.command("doctor")
+def doctor_command(json_only: Json = False) -> None:
+    """Show versions, processor, GPU, compilers, and the backend each kernel would run, with the reason."""
+    from wandapp.doctor import describe_machine, examine
+
+    output = Output(json_only)
+    found = examine()
+    output.rows(found["versions"] | describe_machine(found))
+    output.result("")
+    output.table(
+        ["kernel", "tensors", "backend", "why, and why not another"], [_backend_row(c) for c in found["backends"]]
+    )
+    output.finish(found)
+
+
+def _backend_row(choice: dict[str, Any]) -> list[str]:
+    obstacles: dict[str, list[str]] = {}
+    for name, why in choice["availability"].items():
+        if why:
+            obstacles.setdefault(why, []).append(name)
+    excluded = [f"{', '.join(names)}: {why}" for why, names in obstacles.items()]
+    reasons = [choice["reason"], *excluded] if choice["backend"] else excluded
+    return [choice["function"], choice["device"], choice["backend"] or "none", "; ".join(reasons)]
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="folder for the pruned checkpoint; replaced")] = Path("out/smollm2-2of4"),
+    json_only: Json = False,
+) -> None:
+    """Prune SmolLM2-135M to 2:4 on built-in text, and compare it with the dense model and with magnitude pruning."""
+    from wandapp.demo import run_demo
+
+    output = Output(json_only)
+    output.finish(run_demo(out, output))

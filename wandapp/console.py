@@ -1,0 +1,104 @@
+"""What the commands print: results on stdout, everything else on stderr, progress fit for a terminal or a log file."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+SECONDS_BETWEEN_LINES = 5.0  # in a log file; a terminal gets a live bar
+
+
+class Output:
+    """Where a command's text goes. With --json, stdout gets one JSON object as its last line and nothing else."""
+
+    def __init__(self, json_only: bool = False):
+        self.json_only = json_only
+        self.stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.results = self.stderr if json_only else Console(highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Say what is going on."""
+        self.stderr.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Say what the user should know before trusting the result."""
+        self.stderr.print(f"warning: {text}", style="yellow", markup=False)
+
+    def result(self, text: str) -> None:
+        """Print what was asked for."""
+        self.results.print(text, markup=False)
+
+    def rows(self, pairs: dict[str, str]) -> None:
+        """Print names and values in two aligned columns."""
+        width = max(map(len, pairs)) + 2
+        for name, value in pairs.items():
+            self.result(f"{name:<{width}}{value}")
+
+    def table(self, columns: list[str], rows: list[list[str]]) -> None:
+        """Print an aligned table: figures to the right, words to the left."""
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        for row in (columns, *rows):
+            cells = (
+                f"{cell:>{w}}" if cell[:1].isdigit() else f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)
+            )
+            self.result("   ".join(cells).rstrip())
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The JSON line, where it was asked for."""
+        if self.json_only:
+            print(json.dumps(result), flush=True)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Callable[[int, int, str, float | None], None]]:
+        """A function (done, total, detail, eta_seconds) that shows how far the work is."""
+        with _live_bar(self.stderr, title) if self.stderr.is_terminal else _lines(self, title) as update:
+            yield update
+
+
+@contextmanager
+def _live_bar(console: Console, title: str) -> Iterator[Callable]:
+    columns = [TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, TextColumn("{task.fields[detail]}"), console=console, transient=True) as bar:
+        task = bar.add_task(title, total=None, detail="")
+
+        def update(done: int, total: int, detail: str = "", eta_seconds: float | None = None) -> None:
+            bar.update(task, completed=done, total=total, detail=_detail(detail, eta_seconds))
+
+        yield update
+
+
+@contextmanager
+def _lines(output: Output, title: str) -> Iterator[Callable]:
+    start = last = time.monotonic()
+
+    def update(done: int, total: int, detail: str = "", eta_seconds: float | None = None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done in (1, total) or now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            output.note(f"{title} {done}/{total}  {now - start:.0f} s  {_detail(detail, eta_seconds)}".rstrip())
+
+    yield update
+
+
+def _detail(detail: str, eta_seconds: float | None) -> str:
+    return detail if eta_seconds is None else f"eta {duration(eta_seconds)}  {detail}"
+
+
+def duration(seconds: float) -> str:
+    """1:05:09, 4:07 or 12 s."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    hours, minutes = divmod(seconds // 60, 60)
+    return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+
+
+def fail(error: Exception) -> None:
+    """One sentence on stderr."""
+    print(f"wandapp: {error}", file=sys.stderr)

@@ -1,0 +1,59 @@
+"""What `make demo` shows: a real model pruned, compared, verified, saved and used, on text that every machine has."""
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+from wandapp.cli import companion_files, prune_with_progress
+from wandapp.config import PruneConfig
+from wandapp.console import Output, duration
+from wandapp.errors import WandappError
+from wandapp.evaluate import perplexity
+from wandapp.models import check_output, generate, load_model, save_pruned
+from wandapp.verify import verify_model
+
+CONTENDERS = ("magnitude", "wanda")  # the last one is saved
+CALIBRATION = {"calibration": "pydoc", "samples": 64, "seq_len": 512}
+EVALUATION = {"text": "pydoc", "seq_len": 512, "windows": 10}  # the part of the text that calibration never sees
+COLUMNS = {"model": "", "perplexity": ".2f", "sparsity": ".4f", "seconds": ".1f", "peak_gib": ".2f"}
+PROMPT = "The three most important things about the sea are"
+NEW_TOKENS = 24
+
+
+def run_demo(out: Path, output: Output) -> dict[str, Any]:
+    """Prune SmolLM2-135M to 2:4 by each contender, print the comparison, save the last; the figures."""
+    start = time.monotonic()
+    check_output(out, overwrite=True)
+    output.note("loading SmolLM2-135M, a real model of 30 Llama blocks (about 20 s)")
+    dense, tokenizer = load_model("smollm2")
+    rows = [{"model": "dense", "perplexity": _perplexity(dense, tokenizer, output)}]
+    for method in CONTENDERS:
+        recipe = PruneConfig(
+            model="smollm2", out=str(out), overwrite=True, method=method, sparsity="2:4", **CALIBRATION
+        )
+        model = copy.deepcopy(dense)
+        report = prune_with_progress(model, tokenizer, recipe, output)
+        cost = {"sparsity": report.sparsity, "seconds": report.seconds, "peak_gib": report.peak_gib}
+        rows.append({"model": f"{method} 2:4", "perplexity": _perplexity(model, tokenizer, output), **cost})
+    verified = verify_model(model, recipe.sparsity)
+    if not verified.ok:
+        raise WandappError(f"the pruned model does not hold its pattern: {verified.first_offence}; please report this")
+    save_pruned(model, tokenizer, out, files=companion_files(recipe, report), overwrite=True)
+    output.table(list(COLUMNS), [_cells(row) for row in rows])
+    output.result(f"\nverified: {verified.linears} linear maps hold 2:4\nsaved: {out}")
+    for name, writer in (("dense", dense), (f"{method} 2:4", model)):
+        text = " ".join(generate(writer, tokenizer, PROMPT, NEW_TOKENS).split())
+        output.result(f"{name} writes: {PROMPT} {text}")
+    seconds = time.monotonic() - start
+    output.note(f"everything together took {duration(seconds)}")
+    return {"rows": rows, "verified_linears": verified.linears, "out": str(out), "seconds": seconds}
+
+
+def _perplexity(model: Any, tokenizer: Any, output: Output) -> float:
+    with output.progress("perplexity: window") as update:
+        return perplexity(model, tokenizer, on_progress=update, **EVALUATION).perplexity
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [format(row[name], form) if name in row else "-" for name, form in COLUMNS.items()]
