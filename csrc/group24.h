@@ -8,8 +8,10 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
+#define WANDAPP_CONSTEXPR __host__ __device__ constexpr
 #define WANDAPP_INLINE __host__ __device__ __forceinline__
 #else
+#define WANDAPP_CONSTEXPR constexpr
 #define WANDAPP_INLINE inline
 #endif
 
@@ -23,7 +25,7 @@ enum class ZeroFill {
 
 enum class Layout { kNeutral, kCutlass, kCusparselt };
 
-constexpr unsigned kept_pair_of(unsigned nonzero, ZeroFill fill) {
+WANDAPP_CONSTEXPR unsigned kept_pair_of(unsigned nonzero, ZeroFill fill) {
   unsigned pair[2] = {0, 0}, count = 0;
   for (unsigned column = 0; column < 4 && count < 2; ++column)
     if (nonzero >> column & 1) pair[count++] = column;
@@ -40,7 +42,7 @@ constexpr unsigned kept_pair_of(unsigned nonzero, ZeroFill fill) {
 }
 
 // Sixteen answers of four bits each: the table is one 64-bit constant, a look-up is one shift.
-constexpr uint64_t kept_pair_table(ZeroFill fill) {
+WANDAPP_CONSTEXPR uint64_t kept_pair_table(ZeroFill fill) {
   uint64_t table = 0;
   for (unsigned nonzero = 0; nonzero < 16; ++nonzero) table |= uint64_t(kept_pair_of(nonzero, fill)) << 4 * nonzero;
   return table;
@@ -121,6 +123,19 @@ struct Group<uint32_t> {
 WANDAPP_INLINE uint32_t pairs_of_masks(uint32_t masks) {
   const uint32_t lowest = 0x11111111, m0 = masks & lowest, m1 = masks >> 1 & lowest, m3 = masks >> 3 & lowest;
   return (~m0 & m1) | (~(m0 | m1) & lowest) << 1 | (m3 | (m0 & m1)) << 2 | (~(m0 & m1) & lowest) << 3;
+}
+
+// The metadata register of one lane of mma.sp.m16n8k32, from the bitmasks of 64 columns of two rows. `quad` is the lane's
+// place in its group of four. Of every 16 columns it takes group number `quad`:
+//   bits 0-15   upper row: that group of columns 0-15, of 16-31, of 32-47, of 48-63;   bits 16-31   lower row: the same
+WANDAPP_INLINE uint32_t metadata_of_lane(uint32_t upper_low, uint32_t upper_high, uint32_t lower_low,
+                                         uint32_t lower_high, int quad) {
+  const uint32_t one_of_four = 0x000f000f;
+  // After the or, nibbles from the bottom: columns 0-15, nothing, 32-47, nothing, 16-31, nothing, 48-63, nothing.
+  uint32_t upper = (upper_low >> 4 * quad & one_of_four) | (upper_high >> 4 * quad & one_of_four) << 8;
+  uint32_t lower = (lower_low >> 4 * quad & one_of_four) | (lower_high >> 4 * quad & one_of_four) << 8;
+  upper |= upper >> 12, lower |= lower >> 12;  // the upper half drops into the gaps of the lower one
+  return pairs_of_masks(select_bytes(upper, lower, 0x5410));
 }
 
 // Where the metadata word of (row, word column) lies inside its tile of 32 rows x 2 words (32 columns), for 16-bit types.
