@@ -1,0 +1,90 @@
+"""PruneConfig: what is accepted, what is refused and how, and that a recipe file survives a round trip."""
+
+import pytest
+
+from wandapp import PruneConfig, WandappError
+
+
+def test_defaults_are_those_of_the_papers():
+    config = PruneConfig()
+    assert (config.method, config.sparsity, config.calibration, config.seed) == ("wanda", "2:4", "c4", 0)
+    assert (config.ro_rounds, config.ro_samples, config.damping, config.alpha) == (5, 32, 0.01, None)
+
+
+def test_every_field_says_what_it_is():
+    assert all(field.description for field in PruneConfig.model_fields.values())
+
+
+def test_text_from_flags_becomes_numbers():
+    config = PruneConfig(samples="16", alpha="100", ro_lr="1e-7", sparsity="50%", dtype="bf16", skip="down_proj")
+    assert (config.samples, config.alpha, config.ro_lr) == (16, 100.0, 1e-7)
+    assert (config.sparsity, config.dtype, config.skip) == ("0.5", "bfloat16", ("down_proj",))
+    assert PruneConfig(alpha="auto").alpha == "auto"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"spasity": "2:4"}, "option 'spasity' does not exist; did you mean 'sparsity'?"),
+        ({"samples": 0}, "samples: must be greater than or equal to 1, got 0"),
+        ({"samples": "many"}, "got 'many'"),
+        ({"dtype": "float64"}, "got 'float64'"),
+        ({"device": "tpu"}, "got 'tpu'"),
+        ({"skip": "("}, "no regular expression"),
+        ({"alpha": "big"}, "alpha: "),
+        ({"alpha": float("nan")}, "alpha: "),
+        ({"ro_lr": -1}, "ro_lr: must be greater than 0, got -1"),
+        ({"sparsity": "3:2"}, "0 < n < m, got 3:2"),
+        ({"magnitude_group": "column"}, "'row' or 'matrix', got 'column'"),
+        ({"seed": -1}, "seed: "),
+    ],
+)
+def test_bad_option_is_refused_in_one_sentence(options, said):
+    with pytest.raises(WandappError) as caught:
+        PruneConfig(**options)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value) and "pydantic" not in str(caught.value)
+
+
+def test_config_cannot_be_changed_after_validation():
+    with pytest.raises(ValueError, match="frozen"):
+        PruneConfig().seed = 1
+
+
+def test_recipe_round_trip(tmp_path):
+    config = PruneConfig(model="smollm2", sparsity="2:4", skip=("down_proj", r"layers\.0\."), ro_lr=3e-7, alpha="auto")
+    config.to_yaml(tmp_path / "recipe.yaml")
+    assert PruneConfig.from_yaml(tmp_path / "recipe.yaml") == config
+
+
+def test_recipe_reads_patterns_and_numbers_as_people_write_them(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("sparsity: 2:4\nro_lr: 1e-7\nseed: 3\nskip: [a, b]\nout:\noverwrite: true\n")
+    config = PruneConfig.from_yaml(recipe, seed=4)
+    assert config.sparsity == "2:4"  # YAML 1.1 would say 124
+    assert (config.ro_lr, config.skip, config.out, config.overwrite) == (1e-7, ("a", "b"), None, True)
+    assert config.seed == 4  # a flag wins
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"samlpes: 3", "did you mean 'samples'?"),
+        (b"- wanda", "got list"),
+        (b"", "got NoneType"),
+        (b"a: [", "line 1: not valid YAML"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"model: !!python/object/apply:os.system [true]", "not valid YAML"),
+    ],
+)
+def test_bad_recipe_is_refused_in_one_sentence(tmp_path, content, said):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(content)
+    with pytest.raises(WandappError) as caught:
+        PruneConfig.from_yaml(recipe)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_recipe_is_named(tmp_path):
+    with pytest.raises(WandappError, match=r"nope\.yaml: the recipe cannot be read \(No such file"):
+        PruneConfig.from_yaml(tmp_path / "nope.yaml")
