@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
-
 from wandapp.kernels.pack import Packed
 from wandapp.kernels.pack.reference import pack_reference, unpack_reference
 
