@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +28,11 @@ from wandapp.errors import WandappError
 MAX_SHARD_SIZE = "5GB"  # small enough for every file system and for a download that resumes
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
-_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError, SafetensorError)
+# What the readers of a damaged file raise; anything else is a mistake of ours and keeps its traceback.
+_LOAD_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError, ArithmeticError),
+    *(MemoryError, struct.error, SafetensorError),
+)
 
 
 @dataclass(frozen=True)
