@@ -56,16 +56,20 @@ class PruneConfig(BaseModel):
     save_calibration: str | None = Field(None, description=".safetensors or .npy file for the tokens that were used")
     batch_size: int | None = Field(None, ge=1, description="samples per forward; default: as many as the machine likes")
 
-    # Methods. alpha, samples per round, rounds and learning rate of Wanda++: arXiv:2503.04992
-    preset: Literal["paper", "robust"] | None = Field(None, description="a named set of method options")
-    alpha: float | Literal["auto"] | None = Field(
-        None,
-        description="weight of the gradient in the score, or auto; default: the method's own, 100 for rgs and gblm",
+    # Methods. Wanda++: arXiv:2503.04992. A field that is None takes the preset's value (PRESETS below)
+    preset: Literal["paper", "robust"] = Field("robust", description="values of the method options left open")
+    alpha: float | None = Field(None, ge=0, description="weight of the gradient in the score of rgs and gblm")
+    regional_loss: Literal["frobenius", "token"] | None = Field(
+        None, description="rgs: norm of a block's outputs as they are, or with each token divided by its RMS"
     )
     ro_rounds: int = Field(5, ge=0, description="rounds of regional optimisation (K)")
     ro_samples: int = Field(32, ge=1, description="samples drawn per round (M)")
-    ro_lr: float | None = Field(
-        None, gt=0, description="learning rate of regional optimisation; default 3e-7, scaled to the storage dtype"
+    ro_lr: float | None = Field(None, gt=0, description="learning rate of regional optimisation")
+    ro_lr_unit: Literal["absolute", "weight-rms"] | None = Field(
+        None, description="whether ro_lr is a step in weight units or a fraction of each matrix's root mean square"
+    )
+    ro_loss: Literal["frobenius", "token"] | None = Field(
+        None, description="ro: squared error of the outputs as they are, or with each token divided by its target's RMS"
     )
     gblm_norm: Literal["l2", "l1"] = Field("l2", description="how gblm joins gradients of samples (arXiv:2311.04902)")
     damping: float = Field(
@@ -82,6 +86,11 @@ class PruneConfig(BaseModel):
     def pattern(self) -> SparsityPattern:
         """The parsed `sparsity`."""
         return SparsityPattern.parse(self.sparsity)
+
+    def resolved(self) -> "PruneConfig":
+        """The same with every open method option filled in from the preset."""
+        values = self.model_dump()
+        return PruneConfig(**values | {key: value for key, value in PRESETS[self.preset].items() if values[key] is None})
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "PruneConfig":
@@ -138,6 +147,25 @@ class PruneConfig(BaseModel):
             except re.error as error:
                 raise ValueError(f"{expression!r} is no regular expression, {error}") from None
         return value
+
+
+# paper: as published. robust: what lowered perplexity on every text, seed and model family tried (docs/robust.md)
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "alpha": 100.0,
+        "regional_loss": "frobenius",
+        "ro_lr": 3e-7,
+        "ro_lr_unit": "absolute",
+        "ro_loss": "frobenius",
+    },
+    "robust": {
+        "alpha": 100.0,
+        "regional_loss": "token",
+        "ro_lr": 1e-3,
+        "ro_lr_unit": "weight-rms",
+        "ro_loss": "token",
+    },
+}
 
 
 class _RecipeLoader(yaml.SafeLoader):

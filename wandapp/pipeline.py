@@ -43,6 +43,7 @@ def prune(
     """
     if config is None:
         config = PruneConfig(**options | ({"calibration": calibration} if isinstance(calibration, str) else {}))
+    config = config.resolved()
     device = _device(config)
     method = methods.create(config)
     store = ModelStore(model, config.pattern, skip=config.skip, device=device)

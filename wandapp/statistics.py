@@ -162,10 +162,31 @@ class Collector:
         y.register_hook(lambda grad: gradient.update(x, grad.reshape(len(x), -1, grad.shape[-1])))
 
 
-def measure(block: DecoderBlock, hidden: Tensor, needs: frozenset[str], *, outputs: int = 0) -> Measurements:
+def regional_loss(output: Tensor, kind: str) -> Tensor:
+    """||f(X_n)||_F summed over the batch; its gradient by a sample's weights is that sample's own.
+
+    output  [samples, seq_len, hidden_size] of the dense block
+    kind    "frobenius": as published. "token": each token divided by its RMS (held constant), as the next block's norm
+            will see it, so that a few massive activations do not decide alone
+    """
+    output = output.float()
+    if kind == "token":
+        output = output / token_rms(output.detach())
+    return output.flatten(1).norm(dim=1).sum()
+
+
+def token_rms(hidden: Tensor) -> Tensor:
+    """Root mean square [..., 1] of each token's state in hidden [..., hidden_size], fp32."""
+    return hidden.float().square().mean(dim=-1, keepdim=True).sqrt_().clamp_min_(1e-12)
+
+
+def measure(
+    block: DecoderBlock, hidden: Tensor, needs: frozenset[str], *, outputs: int = 0, loss: str = "frobenius"
+) -> Measurements:
     """Statistics `needs` of every linear map over hidden [samples, seq_len, hidden_size], in one pass of the block.
 
     outputs   how many leading samples' dense outputs to keep; beyond them a forward ends at the last input that is read
+    loss      kind of `regional_loss`, where the regional gradient is needed
     """
     with_gradient = "regional_gradient" in needs
     collector = Collector(block, len(hidden), needs)
@@ -178,7 +199,7 @@ def measure(block: DecoderBlock, hidden: Tensor, needs: frozenset[str], *, outpu
         with torch.set_grad_enabled(with_gradient):
             output = block.watch(hidden[rows], collector, stop=stop, leaves=with_gradient)
             if with_gradient:
-                block.backward(output.float().flatten(1).norm(dim=1).sum(), tokens=output.shape[0] * output.shape[1])
+                block.backward(regional_loss(output, loss), tokens=output.shape[0] * output.shape[1])
         if rows.start < outputs:
             _keep_outputs(collector.measured, output.detach(), rows, outputs)
     return collector.measured

@@ -73,7 +73,7 @@ class Method:
     def prune_block(self, block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern) -> BlockRecord:
         """Measures the dense block on hidden [samples, seq_len, hidden_size] and prunes it in place."""
         record = BlockRecord(block.name)
-        measured = measure(block, hidden, self.needs, outputs=1)
+        measured = measure(block, hidden, self.needs, outputs=1, loss=self.config.regional_loss)
         dense = probe_products(block, measured)
         self.apply(block, measured, pattern, record)
         record.layer_errors = layer_errors(block, measured, dense)

@@ -18,8 +18,6 @@ from wandapp.config import PruneConfig
 from wandapp.methods.base import Method, ScoreTerms
 from wandapp.statistics import Measurements, weight_gradients
 
-PAPER_ALPHA = 100.0
-
 
 class GBLM(Method):
     """One backward through the whole model per sample, block by block: each block's forward is repeated for its backward.
@@ -81,5 +79,4 @@ class GBLM(Method):
             return ScoreTerms(measured.column_norm(view))
         mean = self._sums[view.name].to(view.weight.device) / measured.samples
         gradient = mean if self.config.gblm_norm == "l1" else mean.sqrt_()
-        alpha = PAPER_ALPHA if self.config.alpha is None else float(self.config.alpha)
-        return ScoreTerms(measured.column_norm(view), gradient, alpha * math.sqrt(measured.samples))
+        return ScoreTerms(measured.column_norm(view), gradient, self.config.alpha * math.sqrt(measured.samples))

@@ -7,8 +7,6 @@ from wandapp.blocks import LinearView
 from wandapp.methods.base import Method, ScoreTerms
 from wandapp.statistics import Measurements
 
-PAPER_ALPHA = 100.0
-
 
 class RegionalGradientScore(Method):
     """One forward and one backward of the dense block per sample, no labels."""
@@ -16,5 +14,4 @@ class RegionalGradientScore(Method):
     needs = frozenset({"column_norm", "regional_gradient"})
 
     def terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
-        alpha = PAPER_ALPHA if self.config.alpha is None else float(self.config.alpha)
-        return ScoreTerms(measured.column_norm(view), measured.gradients[view.name].value(), alpha)
+        return ScoreTerms(measured.column_norm(view), measured.gradients[view.name].value(), self.config.alpha)

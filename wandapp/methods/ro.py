@@ -19,9 +19,8 @@ from wandapp.config import PruneConfig
 from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.methods.base import BlockRecord, Method, block_error, layer_errors, probe_products
 from wandapp.pattern import SparsityPattern
-from wandapp.statistics import Measurements, measure
+from wandapp.statistics import Measurements, measure, token_rms
 
-PAPER_LEARNING_RATE = 3e-7
 DECAY, EPSILON = 0.99, 1e-8  # torch.optim.RMSprop's defaults
 ERROR_SAMPLES = 4
 
@@ -38,7 +37,7 @@ class RegionalOptimisation(Method):
 
     def prune_block(self, block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern) -> BlockRecord:
         record = BlockRecord(block.name)
-        measured = measure(block, hidden, self.needs, outputs=len(hidden))
+        measured = measure(block, hidden, self.needs, outputs=len(hidden), loss=self.config.regional_loss)
         probe, products = measured.outputs[:ERROR_SAMPLES], probe_products(block, measured)
         dense = _snapshot(block)
         self.method.apply(block, measured, pattern, record)
@@ -73,7 +72,7 @@ class _Optimisation:
         self.parameters = _parameters(block)
         self.masters = {p: p.data if p.dtype == torch.float32 else p.data.float() for p in self.parameters}
         self.mean_square = {p: torch.zeros_like(master) for p, master in self.masters.items()}
-        self.learning_rate = self.config.ro_lr or PAPER_LEARNING_RATE
+        self.learning_rate = {p: self._learning_rate(master, p.dtype) for p, master in self.masters.items()}
 
     def run(self, pattern: SparsityPattern) -> None:
         samples = len(self.hidden)
@@ -107,7 +106,7 @@ class _Optimisation:
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
             output = self.block.watch(self.hidden[sample : sample + 1], refresh_norm)
-            loss = (output.float() - self.measured.outputs[sample].float()).square().sum()
+            loss = self._loss(output.float(), self.measured.outputs[sample : sample + 1].float())
             self.block.backward(loss, tokens=output.shape[1])
         for parameter in self.parameters:
             if parameter.grad is not None:
@@ -115,10 +114,29 @@ class _Optimisation:
             parameter.grad = None
             parameter.requires_grad_(False)
 
+    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """||f(x) - f_pruned(x)||^2; "token": each token's error divided by the RMS of its target."""
+        error = output - target
+        return (error if self.config.ro_loss == "frobenius" else error / token_rms(target)).square().sum()
+
+    def _learning_rate(self, master: Tensor, storage: torch.dtype) -> float:
+        """Step size of one parameter.
+
+        "weight-rms": a fraction of the matrix's RMS. "absolute": as given, but where the checkpoint stores 16 bits at least
+        so large that all steps together can move an average weight to the next value that storage knows.
+        """
+        rms = master.square().mean().sqrt().item()
+        if self.config.ro_lr_unit == "weight-rms":
+            return self.config.ro_lr * rms
+        if storage == torch.float32:
+            return self.config.ro_lr
+        steps = self.config.ro_rounds * min(self.config.ro_samples, len(self.hidden))
+        return max(self.config.ro_lr, rms * torch.finfo(storage).eps / steps)
+
     def _descend(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         mean_square = self.mean_square[parameter].mul_(DECAY).addcmul_(gradient, gradient, value=1 - DECAY)
         step = mean_square.sqrt().add_(EPSILON)
-        self.masters[parameter].addcdiv_(gradient, step, value=-self.learning_rate)
+        self.masters[parameter].addcdiv_(gradient, step, value=-self.learning_rate[parameter])
 
     def _store(self) -> None:
         for parameter, master in self.masters.items():
