@@ -114,10 +114,7 @@ def _triton_obstacle(device: str) -> str:
 def _cuda_obstacle(device: str) -> str:
     if device != "cuda":
         return "it needs cuda tensors"
-    if not _find_spec("wandapp._C"):
-        return "the C++ extension wandapp._C is not built; reinstall wandapp"
-    built = getattr(importlib.import_module("wandapp._C"), "HAS_CUDA", False)
-    return "" if built else "wandapp was built without nvcc; reinstall it with CUDA_HOME set"
+    return "" if _find_spec("wandapp._CUDA") else "wandapp was built without nvcc; reinstall it with CUDA_HOME set"
 
 
 @cache

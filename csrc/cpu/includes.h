@@ -1,0 +1,19 @@
+// Headers whose functions are shared between object files. They must be compiled without an instruction set's pragma:
+// the linker keeps one copy of an inline function, and it has to run everywhere.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#include "cpu/half.h"
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+#include "group.h"

@@ -1,0 +1,36 @@
+#include "cpu/kernels.h"
+
+#include <stdexcept>
+
+namespace wandapp {
+
+bool isa_runs_here(const std::string& isa) {
+#ifdef __x86_64__
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512") {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return isa == "portable";
+}
+
+const char* best_isa() {
+  static const char* best = isa_runs_here("avx512") ? "avx512" : isa_runs_here("avx2") ? "avx2" : "portable";
+  return best;
+}
+
+const Kernels& kernels_of(const std::string& requested) {
+  const std::string isa = requested == "auto" ? best_isa() : requested;
+  if (!isa_runs_here(isa)) {
+    throw std::invalid_argument("instruction set '" + isa + "' cannot run on this machine; the widest is " + best_isa());
+  }
+#ifdef __x86_64__
+  if (isa == "avx512") return avx512_kernels;
+  if (isa == "avx2") return avx2_kernels;
+#endif
+  return portable_kernels;
+}
+
+}  // namespace wandapp

@@ -1,0 +1,139 @@
+// Sixteen lanes in two AVX2 registers; see lanes_portable.h for what each function means.
+#pragma once
+
+namespace wandapp {
+namespace {
+
+struct Avx2 {
+  struct Floats {
+    __m256 low, high;
+  };
+  struct Bits {
+    __m256i low, high;
+  };
+
+  static Floats load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+  static Floats load(const Bf16* from) { return {widen8(from), widen8(from + 8)}; }
+  static Floats load(const Half* from) {
+    return {_mm256_cvtph_ps(load_128(from)), _mm256_cvtph_ps(load_128(from + 8))};
+  }
+  static Floats fill(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+  static void store(float* to, Floats a) {
+    _mm256_storeu_ps(to, a.low);
+    _mm256_storeu_ps(to + 8, a.high);
+  }
+  static Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+  static Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+
+  static Bits magnitude(Floats a) {
+    const __m256i positive = _mm256_set1_epi32(0x7fffffff);
+    return {_mm256_and_si256(_mm256_castps_si256(a.low), positive),
+            _mm256_and_si256(_mm256_castps_si256(a.high), positive)};
+  }
+  static Bits load_bits(const int32_t* from) { return {load_256(from), load_256(from + 8)}; }
+  static void store_bits(int32_t* to, Bits a) {
+    store_256(to, a.low);
+    store_256(to + 8, a.high);
+  }
+  static uint32_t above(Bits a, int32_t limit) {
+    const __m256i limits = _mm256_set1_epi32(limit);
+    return mask_of(_mm256_cmpgt_epi32(a.low, limits), _mm256_cmpgt_epi32(a.high, limits));
+  }
+  static uint32_t equal(Bits a, int32_t limit) {
+    const __m256i limits = _mm256_set1_epi32(limit);
+    return mask_of(_mm256_cmpeq_epi32(a.low, limits), _mm256_cmpeq_epi32(a.high, limits));
+  }
+
+  template <int m>
+  static uint32_t keep_of_groups(Bits a, int n) {
+    if constexpr (m == 16) {  // rotations would cross the registers; rare enough for plain code
+      return Portable::keep_of_groups<16>(to_array(a), n);
+    } else {
+      const __m256i limit = _mm256_set1_epi32(-n);  // ranks are counted downwards: a comparison that holds is -1
+      return mask_of(_mm256_cmpgt_epi32(rank8<m, 1>(a.low), limit), _mm256_cmpgt_epi32(rank8<m, 1>(a.high), limit));
+    }
+  }
+
+  static uint32_t nonzero(const float* weight) {
+    const Bits bits = magnitude(load(weight));
+    return above(bits, 0);
+  }
+  template <class T>
+  static uint32_t nonzero(const T* weight) {
+    const __m256i zero = is_zero16(load_256(weight));
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(zero, zero), 0x08);
+    return ~uint32_t(_mm_movemask_epi8(_mm256_castsi256_si128(bytes))) & 0xffff;
+  }
+  static void zero_removed(float* weight, uint32_t keep) {
+    for (int half = 0; half < 2; half++, weight += 8, keep >>= 8) {
+      const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+      const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(keep)), bit), bit);
+      const __m256i bits = load_256(weight);
+      const __m256i zero = _mm256_cmpeq_epi32(_mm256_slli_epi32(bits, 1), _mm256_setzero_si256());
+      store_256(weight, _mm256_and_si256(_mm256_andnot_si256(zero, kept), bits));
+    }
+  }
+  template <class T>
+  static void zero_removed(T* weight, uint32_t keep) {
+    const __m256i bit = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+    const __m256i kept = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(int16_t(keep)), bit), bit);
+    const __m256i bits = load_256(weight);
+    store_256(weight, _mm256_and_si256(_mm256_andnot_si256(is_zero16(bits), kept), bits));
+  }
+  static void store_bools(uint8_t* to, uint32_t keep) {
+    const __m128i bit = _mm_set1_epi64x(int64_t(0x8040201008040201));
+    const __m128i spread = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m128i bytes = _mm_and_si128(_mm_shuffle_epi8(_mm_cvtsi32_si128(int(keep)), spread), bit);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_min_epu8(bytes, _mm_set1_epi8(1)));
+  }
+
+ private:
+  template <class T>
+  static __m128i load_128(const T* from) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  }
+  template <class T>
+  static __m256i load_256(const T* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
+  template <class T>
+  static void store_256(T* to, __m256i bits) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+  }
+  static __m256 widen8(const Bf16* from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(from)), 16));
+  }
+  static __m256i is_zero16(__m256i bits) {
+    return _mm256_cmpeq_epi16(_mm256_slli_epi16(bits, 1), _mm256_setzero_si256());
+  }
+  static uint32_t mask_of(__m256i low, __m256i high) {
+    return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(low))) |
+           uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(high))) << 8;
+  }
+  static Portable::Bits to_array(Bits a) {
+    Portable::Bits out;
+    store_bits(out.at, a);
+    return out;
+  }
+
+  // Minus the number of lanes that go before each lane; turns as in lanes_avx512.h.
+  template <int m, int turn>
+  static __m256i rank8(__m256i a) {
+    if constexpr (turn == m) {
+      return _mm256_setzero_si256();
+    } else {
+      const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      const __m256i within = _mm256_set1_epi32(m - 1);
+      const __m256i place = _mm256_and_si256(lane, within);
+      const __m256i other_place = _mm256_and_si256(_mm256_add_epi32(lane, _mm256_set1_epi32(turn)), within);
+      const __m256i wins_ties = _mm256_srli_epi32(_mm256_sub_epi32(other_place, place), 31);
+      const __m256i other =
+          _mm256_permutevar8x32_epi32(a, _mm256_or_si256(_mm256_andnot_si256(within, lane), other_place));
+      const __m256i before = _mm256_cmpgt_epi32(_mm256_add_epi32(other, wins_ties), a);
+      return _mm256_add_epi32(before, rank8<m, turn + 1>(a));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace wandapp

@@ -1,0 +1,86 @@
+// Sixteen lanes in one AVX-512 register; see lanes_portable.h for what each function means.
+#pragma once
+
+namespace wandapp {
+namespace {
+
+struct Avx512 {
+  using Floats = __m512;
+  using Bits = __m512i;
+
+  static Floats load(const float* from) { return _mm512_loadu_ps(from); }
+  static Floats load(const Bf16* from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_16bit(from)), 16));
+  }
+  static Floats load(const Half* from) { return _mm512_cvtph_ps(load_16bit(from)); }
+  static Floats fill(float value) { return _mm512_set1_ps(value); }
+  static void store(float* to, Floats a) { _mm512_storeu_ps(to, a); }
+  static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+
+  static Bits magnitude(Floats a) {
+    return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff));
+  }
+  static Bits load_bits(const int32_t* from) { return _mm512_loadu_si512(from); }
+  static void store_bits(int32_t* to, Bits a) { _mm512_storeu_si512(to, a); }
+  static uint32_t above(Bits a, int32_t limit) { return _mm512_cmpgt_epi32_mask(a, _mm512_set1_epi32(limit)); }
+  static uint32_t equal(Bits a, int32_t limit) { return _mm512_cmpeq_epi32_mask(a, _mm512_set1_epi32(limit)); }
+
+  template <int m>
+  static uint32_t keep_of_groups(Bits a, int n) {
+    Bits rank = _mm512_setzero_si512();
+    add_ranks<m, 1>(a, rank);
+    return _mm512_cmplt_epi32_mask(rank, _mm512_set1_epi32(n));
+  }
+
+  static uint32_t nonzero(const float* weight) {
+    return _mm512_test_epi32_mask(_mm512_loadu_si512(weight), _mm512_set1_epi32(0x7fffffff));
+  }
+  template <class T>
+  static uint32_t nonzero(const T* weight) {
+    return _mm256_test_epi16_mask(load_16bit(weight), _mm256_set1_epi16(0x7fff));
+  }
+  static void zero_removed(float* weight, uint32_t keep) {
+    _mm512_storeu_ps(weight, _mm512_maskz_loadu_ps(__mmask16(keep & nonzero(weight)), weight));
+  }
+  template <class T>
+  static void zero_removed(T* weight, uint32_t keep) {
+    __m256i kept = _mm256_maskz_mov_epi16(__mmask16(keep & nonzero(weight)), load_16bit(weight));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight), kept);
+  }
+  static void store_bools(uint8_t* to, uint32_t keep) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_maskz_set1_epi8(__mmask16(keep), 1));
+  }
+
+ private:
+  template <class T>
+  static __m256i load_16bit(const T* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
+
+  // Lane i meets lane j = (i + turn) mod m of its group. Past the group's end j < i, and then equals go before.
+  template <int m, int turn>
+  static void add_ranks(Bits a, Bits& rank) {
+    if constexpr (turn < m) {
+      const Bits lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+      const Bits place = _mm512_and_si512(lane, _mm512_set1_epi32(m - 1));
+      const Bits other_place =
+          _mm512_and_si512(_mm512_add_epi32(lane, _mm512_set1_epi32(turn)), _mm512_set1_epi32(m - 1));
+      const Bits wins_ties = _mm512_srli_epi32(_mm512_sub_epi32(other_place, place), 31);  // 1 where j < i
+      Bits other;
+      if constexpr (m <= 4) {
+        constexpr int order = m == 2 ? 0xb1 : turn == 1 ? 0x39 : turn == 2 ? 0x4e : 0x93;
+        other = _mm512_shuffle_epi32(a, _MM_PERM_ENUM(order));
+      } else {
+        const Bits from = _mm512_or_si512(_mm512_andnot_si512(_mm512_set1_epi32(m - 1), lane), other_place);
+        other = _mm512_permutexvar_epi32(from, a);
+      }
+      const __mmask16 before = _mm512_cmpgt_epi32_mask(_mm512_add_epi32(other, wins_ties), a);
+      rank = _mm512_mask_add_epi32(rank, before, rank, _mm512_set1_epi32(1));
+      add_ranks<m, turn + 1>(a, rank);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace wandapp

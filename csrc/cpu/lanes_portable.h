@@ -1,0 +1,95 @@
+// Sixteen lanes as plain arrays. This file also says what every set of lanes offers.
+#pragma once
+
+namespace wandapp {
+namespace {
+
+struct Portable {
+  struct Floats {
+    float at[16];
+  };
+  struct Bits {
+    int32_t at[16];
+  };
+
+  template <class T>
+  static Floats load(const T* from) {
+    Floats out;
+    for (int i = 0; i < 16; i++) out.at[i] = widen(from[i]);
+    return out;
+  }
+  static Floats fill(float value) {
+    Floats out;
+    for (float& lane : out.at) lane = value;
+    return out;
+  }
+  static void store(float* to, Floats a) { std::memcpy(to, a.at, sizeof a.at); }
+  static Floats add(Floats a, Floats b) {
+    for (int i = 0; i < 16; i++) a.at[i] += b.at[i];
+    return a;
+  }
+  static Floats mul(Floats a, Floats b) {
+    for (int i = 0; i < 16; i++) a.at[i] *= b.at[i];
+    return a;
+  }
+
+  // The bits of |a|.
+  static Bits magnitude(Floats a) {
+    Bits out;
+    std::memcpy(out.at, a.at, sizeof out.at);
+    for (int32_t& lane : out.at) lane &= 0x7fffffff;
+    return out;
+  }
+  static Bits load_bits(const int32_t* from) {
+    Bits out;
+    std::memcpy(out.at, from, sizeof out.at);
+    return out;
+  }
+  static void store_bits(int32_t* to, Bits a) { std::memcpy(to, a.at, sizeof a.at); }
+
+  // Bit i of the results: a_i > limit, a_i == limit.
+  static uint32_t above(Bits a, int32_t limit) {
+    uint32_t mask = 0;
+    for (int i = 0; i < 16; i++) mask |= uint32_t(a.at[i] > limit) << i;
+    return mask;
+  }
+  static uint32_t equal(Bits a, int32_t limit) {
+    uint32_t mask = 0;
+    for (int i = 0; i < 16; i++) mask |= uint32_t(a.at[i] == limit) << i;
+    return mask;
+  }
+
+  // Bit i: lane i is among the n that go first of its m lanes; m is 2, 4, 8 or 16.
+  template <int m>
+  static uint32_t keep_of_groups(Bits a, int n) {
+    uint32_t mask = 0;
+    for (int first = 0; first < 16; first += m) mask |= keep_of_group(a.at + first, n, m) << first;
+    return mask;
+  }
+
+  // Bit i: the weight is neither +0.0 nor -0.0.
+  static uint32_t nonzero(const float* weight) {
+    uint32_t mask = 0;
+    for (int i = 0; i < 16; i++) mask |= uint32_t(weight[i] != 0) << i;
+    return mask;
+  }
+  template <class Half16>
+  static uint32_t nonzero(const Half16* weight) {
+    uint32_t mask = 0;
+    for (int i = 0; i < 16; i++) mask |= uint32_t((weight[i].bits & 0x7fff) != 0) << i;
+    return mask;
+  }
+  // Weights whose bit is clear become +0.0, and so does -0.0.
+  template <class T>
+  static void zero_removed(T* weight, uint32_t keep) {
+    keep &= nonzero(weight);
+    for (int i = 0; i < 16; i++) weight[i] = keep >> i & 1 ? weight[i] : T{};
+  }
+  // One byte, 0 or 1, per lane.
+  static void store_bools(uint8_t* to, uint32_t keep) {
+    for (int i = 0; i < 16; i++) to[i] = keep >> i & 1;
+  }
+};
+
+}  // namespace
+}  // namespace wandapp
