@@ -116,8 +116,9 @@ def run_recipe(recipe: PruneConfig, output: Output) -> Any:
         if getattr(recipe, name) is None:
             raise WandappError(f"prune needs {name}; give it, e.g. {example}")
     methods.resolve(recipe.method)
-    from wandapp.models import check_output, load_model, save_pruned
+    from wandapp.models import check_output, load_model, resolve_device, save_pruned
 
+    resolve_device(recipe.device)
     check_output(recipe.out, recipe.overwrite)
     output.note(f"loading {recipe.model}")
     model, tokenizer = load_model(recipe.model, dtype=recipe.dtype)

@@ -8,9 +8,12 @@ import io
 import json
 import os
 import shutil
+import socket
 import struct
 import sys
 import tempfile
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from wandapp.errors import WandappError
 
 MAX_SHARD_SIZE = "5GB"  # small enough for every file system and for a download that resumes
+_HUB = "https://huggingface.co"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 # What the readers of a damaged file raise; anything else is a mistake of ours and keeps its traceback.
@@ -58,16 +62,22 @@ def load_model(reference: str | Path, *, dtype: str | torch.dtype = "auto", devi
     place, gguf_file = _locate(str(reference))
     dtype = _resolve_dtype(dtype, gguf_file)
     options = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    local_only = _hub_has_no_address()
     target = resolve_device(device)
     with _quiet_transformers():
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(
-                place, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+                place,
+                dtype=dtype,
+                trust_remote_code=False,
+                local_files_only=local_only,
+                output_loading_info=True,
+                **options,
             )
         except _LOAD_ERRORS as error:
             raise WandappError(_why_not_loaded(str(reference), error)) from error
         _require_complete(str(reference), loading)
-        tokenizer = _load_tokenizer(str(reference), place, gguf_file)
+        tokenizer = _load_tokenizer(str(reference), place, gguf_file, local_only)
     _forget_quantisation(model)
     return LoadedModel(model.eval().to(target), tokenizer, str(reference))
 
@@ -221,14 +231,24 @@ def _require_complete(reference: str, loading: dict[str, Any]) -> None:
         )
 
 
-def _load_tokenizer(reference: str, place: str, gguf_file: str | None) -> Any | None:
+def _hub_has_no_address() -> bool:
+    """Whether there is no network to the hub: its client would retry for half a minute before it looks at its cache."""
+    if urllib.request.getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", _HUB)).hostname, 443)
+    except OSError:
+        return True
+    return False
+
+
+def _load_tokenizer(reference: str, place: str, gguf_file: str | None, local_only: bool) -> Any | None:
     folder = Path(place)
     if folder.is_dir() and not gguf_file and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
+    options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(
-            place, trust_remote_code=False, **({"gguf_file": gguf_file} if gguf_file else {})
-        )
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=local_only, **options)
     except _LOAD_ERRORS as error:
         reason = _shorten(" ".join(str(error).split()))
         raise WandappError(f"{reference}: the tokenizer cannot be loaded ({reason}); check its files") from error
