@@ -16,8 +16,8 @@ from torch import Tensor
 
 from wandapp.errors import BackendUnavailableError
 
-WIDEST_GROUP = 32  # the network of 32 lanes is 191 comparators; wider ones compile for minutes
-WIDEST_ROW = 32768  # 32 keys in each of 1024 threads
+WIDEST_GROUP = 16  # lanes of the sorting network, and bits of the half word that collects a group's choice
+WIDEST_ROW = 32768  # 64 keys in each of 512 threads
 NO_OFFENDER = tl.constexpr(torch.iinfo(torch.int64).max)
 
 
@@ -27,7 +27,7 @@ def select_nm_triton(weight, column_scale, gradient, *, n, m, alpha) -> tuple[Te
 
 
 def prune_nm_triton(weight, column_scale, gradient, *, n, m, alpha) -> tuple[Tensor, Tensor]:
-    if m in (2, 4, 8, 16, 32):  # bits of whole groups fill bytes
+    if m in (2, 4, 8, 16):  # bits of whole groups fill bytes
         bitmask = _empty_bitmask(weight)
         return bitmask, _launch_nm(weight, column_scale, gradient, bitmask, n, m, alpha, prune=True)
     mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
@@ -56,21 +56,22 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def nm_tile(cols: int, m: int, itemsize: int) -> dict:
-    """Rows and (padded) columns of one program's tile: 16 bytes a thread, 32 threads along the columns."""
+    """Rows and groups of one program's tile, and the columns of a group that one 16-byte load brings."""
     padded_m = max(2, triton.next_power_of_2(m))
-    block_cols = max(padded_m, min(512 // itemsize, triton.next_power_of_2(cols // m * padded_m)))
-    block_rows = 16 if padded_m < 16 else 8
-    return {"M_PADDED": padded_m, "BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
+    part = min(padded_m, 16 // itemsize)
+    groups = min(512 // itemsize // part, triton.next_power_of_2(cols // m))  # 32 threads along the columns
+    return {"M_PADDED": padded_m, "PART": part, "BLOCK_ROWS": 8, "BLOCK_GROUPS": max(groups, 8 // min(padded_m, 8))}
 
 
 def row_tile(cols: int, itemsize: int) -> dict:
-    """Width of one program's row buffer, its warps, and whether the weight is read again (from L2) to be written.
+    """Parts of one program's row buffer, and its warps: 8 keys a thread and part.
 
-    32 keys a thread; the weight stays beside them only where 64 registers a thread allow it.
+    Three or four parts (up to 8 in rows of more than 16384) waste less than one power of two would: 11008 columns take
+    3 parts of 4096. The weight stays beside its keys while registers allow it, else the write reads it again, from L2.
     """
-    block_cols = max(32, triton.next_power_of_2(cols))
-    warps = min(32, max(1, block_cols // 1024))
-    return {"BLOCK_COLS": block_cols, "RELOAD": block_cols * itemsize > 32768, "num_warps": warps}
+    part = max(256, min(4096, triton.next_power_of_2(cols) // 4))
+    parts = triton.cdiv(cols, part)
+    return {"PARTS": parts, "PART": part, "RELOAD": part * itemsize > 4096, "num_warps": part // 256}
 
 
 def _launch_nm(weight, column_scale, gradient, output, n, m, alpha, *, prune) -> Tensor:
@@ -80,12 +81,13 @@ def _launch_nm(weight, column_scale, gradient, output, n, m, alpha, *, prune) ->
     offender = _no_offender(weight)
     if weight.numel():
         tile = nm_tile(cols, m, weight.element_size())
-        blocks = triton.cdiv(cols // m * tile["M_PADDED"], tile["BLOCK_COLS"])
-        word = {16: torch.int16, 32: torch.int32}.get(m, torch.uint8)
+        bits = output.dtype == torch.uint8
+        blocks = triton.cdiv(cols // m, tile["BLOCK_GROUPS"])
+        output = output.view(torch.int16 if m == 16 and output.dtype == torch.uint8 else torch.uint8)
         _select_nm_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]) * blocks,)](
-            weight, column_scale, gradient, _bytes(output).view(word) if output.dtype == torch.uint8 else _bytes(output),
-            offender, float(alpha), rows, cols, blocks, weight.stride(0), _row_stride(gradient),
-            N=n, M=m, PRUNE=prune, BITS=output.dtype == torch.uint8, **tile, num_warps=4, enable_fp_fusion=False,
+            weight, column_scale, gradient, output, offender, float(alpha), rows, cols, blocks,
+            weight.stride(0), _row_stride(gradient), N=n, M=m, PRUNE=prune, BITS=bits, **tile, num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return _index(offender)
 
@@ -180,12 +182,13 @@ def score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradie
 
 
 @triton.jit
-def report_nonfinite(score, offs_flat, inside, offender_ptr):
-    """Lowers the offender to the tile's first NaN or Inf. The index is searched for only in a tile that has one."""
+def first_nonfinite(score, offs_local):
+    """Least offs_local whose score is NaN or Inf, else 0x7FFFFFFF. The search runs only in a tile that has one."""
     bits = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    bad = inside & (bits >= 0x7F800000)
-    if tl.max(bad.to(tl.int32)) != 0:
-        tl.atomic_min(offender_ptr, tl.min(tl.where(bad, offs_flat, NO_OFFENDER)))
+    first = 0x7FFFFFFF
+    if tl.max(bits) >= 0x7F800000:
+        first = tl.min(tl.where(bits >= 0x7F800000, offs_local, 0x7FFFFFFF))
+    return first
 
 
 @triton.jit
@@ -211,37 +214,44 @@ def split_lanes(tile, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _nth_largest(lanes, N: tl.constexpr, COUNT: tl.constexpr):
-    """Elementwise N-th largest (from 1) of COUNT tiles, by Batcher's odd-even merge network.
+def _merge(left, right, COUNT: tl.constexpr):
+    """Tuple of 2 * COUNT tiles, elementwise descending, from two descending tuples (Batcher's odd-even merge)."""
+    if COUNT == 1:
+        return (tl.maximum(left[0], right[0]), tl.minimum(left[0], right[0]))
+    else:
+        even = _merge(left[::2], right[::2], COUNT // 2)
+        odd = _merge(left[1::2], right[1::2], COUNT // 2)
+        merged = (even[0],)
+        for i in tl.static_range(COUNT - 1):
+            merged = merged + (tl.maximum(even[i + 1], odd[i]), tl.minimum(even[i + 1], odd[i]))
+        return merged + (odd[COUNT - 1],)
 
-    Comparators whose results nobody reads disappear in the compiler.
-    """
-    sorted_lanes = lanes
-    for p in tl.static_range(5):
-        for k in tl.static_range(5):
-            if (1 << p) < COUNT and k <= p:
-                P: tl.constexpr = 1 << p  # runs of P sorted lanes are merged into runs of 2 P
-                K: tl.constexpr = 1 << (p - k)  # distance of the compared lanes
-                for i in tl.static_range(COUNT):
-                    if i + K < COUNT and i >= K % P and ((i - K % P) // K) % 2 == 0 and i // (2 * P) == (i + K) // (2 * P):
-                        high = tl.maximum(sorted_lanes[i], sorted_lanes[i + K])
-                        low = tl.minimum(sorted_lanes[i], sorted_lanes[i + K])
-                        sorted_lanes = sorted_lanes[:i] + (high,) + sorted_lanes[i + 1 : i + K] + (low,) + sorted_lanes[i + K + 1 :]
-    return sorted_lanes[N - 1]
+
+@triton.jit
+def _descending(lanes, COUNT: tl.constexpr):
+    """Tuple of the COUNT tiles' elements in descending order; whatever the caller ignores is never computed."""
+    if COUNT == 1:
+        return lanes
+    else:
+        left = _descending(lanes[: COUNT // 2], COUNT // 2)
+        right = _descending(lanes[COUNT // 2 :], COUNT // 2)
+        return _merge(left, right, COUNT // 2)
 
 
 @triton.jit
 def keep_bits(lanes, N: tl.constexpr, COUNT: tl.constexpr):
-    """int32 with bit l set where lane l is among the N largest of COUNT; equal lanes: the lower one."""
-    threshold = _nth_largest(lanes, N, COUNT)
-    ties = tl.zeros(threshold.shape, tl.int32) + N  # lanes equal to the threshold that may stay
+    """int32 with bit l set where lane l is among the N largest of COUNT <= 16; equal lanes: the lower one."""
+    threshold = _descending(lanes, COUNT)[N - 1]
+    above = tl.zeros(threshold.shape, tl.int32)  # bits 0..15: lanes above the threshold; bits 16..: how many they are
+    equal = tl.zeros(threshold.shape, tl.int32)
     for i in tl.static_range(COUNT):
-        ties -= (lanes[i] > threshold).to(tl.int32)
-    bits = tl.zeros(threshold.shape, tl.int32)
-    for i in tl.static_range(COUNT):
-        equal = lanes[i] == threshold
-        bits |= ((lanes[i] > threshold) | (equal & (ties > 0))).to(tl.int32) << i
-        ties -= equal.to(tl.int32)
+        above += tl.where(lanes[i] > threshold, (1 << i) + 0x10000, 0)
+        equal += tl.where(lanes[i] == threshold, 1 << i, 0)
+    bits = above & 0xFFFF
+    for i in tl.static_range(N):  # the lowest of the equal lanes fill up to N
+        lowest = equal & -equal
+        bits |= tl.where((above >> 16) + i < N, lowest, 0)
+        equal ^= lowest
     return bits
 
 
@@ -281,48 +291,57 @@ def _select_nm_kernel(
     N: tl.constexpr,
     M: tl.constexpr,
     M_PADDED: tl.constexpr,
+    PART: tl.constexpr,
     PRUNE: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
 ):
     block_row = tl.program_id(0) // column_blocks
-    block_col = tl.program_id(0) % column_blocks
+    first_group = tl.program_id(0) % column_blocks * BLOCK_GROUPS
+    groups = cols // M
     offs_rows = (block_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
-    offs_slots = block_col * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    if M == M_PADDED:
-        offs_cols = offs_slots
-        keep_cols = offs_cols < cols
-    else:  # a group takes M_PADDED slots, the last ones empty
-        offs_cols = offs_slots // M_PADDED * M + offs_slots % M_PADDED
-        keep_cols = (offs_slots % M_PADDED < M) & (offs_cols < cols)
-    inside = (offs_rows < rows) & keep_cols
+    offs_slots = tl.arange(0, BLOCK_GROUPS * PART)[None, :]
 
-    weight_tile = tl.load(weight_ptr + offs_rows * stride_weight_row + offs_cols, mask=inside, other=0.0)
-    offs_gradient = offs_rows * stride_gradient_row + offs_cols
-    score = score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha)
-    report_nonfinite(score, offs_rows * cols + offs_cols, inside, offender_ptr)
-    if M != M_PADDED:
-        score = tl.where(offs_slots % M_PADDED < M, score, float("-inf"))
+    # Each part is one tile [BLOCK_ROWS, BLOCK_GROUPS * PART]: PART neighbouring columns of every group.
+    weights, lanes, columns = (), (), ()
+    bad = 0x7FFFFFFF  # least row of the tile * cols + column whose score is NaN or Inf
+    for part in tl.static_range(M_PADDED // PART):
+        if PART == M:
+            offs_cols = first_group * M + offs_slots
+            inside = (offs_rows < rows) & (offs_cols < cols)
+        else:
+            lane = part * PART + offs_slots % PART
+            offs_cols = (first_group + offs_slots // PART) * M + lane
+            inside = (offs_rows < rows) & (offs_cols < cols) & (lane < M)
+        weight_tile = tl.load(weight_ptr + offs_rows * stride_weight_row + offs_cols, mask=inside, other=0.0)
+        offs_gradient = offs_rows * stride_gradient_row + offs_cols
+        score = score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha)
+        bad = tl.minimum(bad, first_nonfinite(score, tl.arange(0, BLOCK_ROWS)[:, None] * cols + offs_cols))
+        if M != M_PADDED:
+            score = tl.where(part * PART + offs_slots % PART < M, score, float("-inf"))
+        weights, columns = weights + (weight_tile,), columns + ((offs_cols, inside),)
+        lanes = lanes + split_lanes(score, PART)
+    if bad != 0x7FFFFFFF:
+        tl.atomic_min(offender_ptr, (block_row * BLOCK_ROWS).to(tl.int64) * cols + bad)
 
-    bits = keep_bits(split_lanes(score, M_PADDED), N, M_PADDED)  # [BLOCK_ROWS, BLOCK_COLS / M_PADDED]
-    keep = spread_bits(bits, M_PADDED)
-    if PRUNE:
-        kept = tl.where(keep & (weight_tile != 0), weight_tile, 0.0)
-        tl.store(weight_ptr + offs_rows * stride_weight_row + offs_cols, kept, mask=inside)
+    bits = keep_bits(lanes, N, M_PADDED)  # [BLOCK_ROWS, BLOCK_GROUPS]
+    for part in tl.static_range(M_PADDED // PART):
+        offs_cols, inside = columns[part]
+        keep = spread_bits(bits >> (part * PART), PART)
+        if PRUNE:
+            kept = tl.where(keep & (weights[part] != 0), weights[part], 0.0)
+            tl.store(weight_ptr + offs_rows * stride_weight_row + offs_cols, kept, mask=inside)
+        if not BITS:
+            tl.store(output_ptr + offs_rows * cols + offs_cols, keep.to(tl.int8), mask=inside)
     if BITS:
         WORD: tl.constexpr = max(M, 8)
-        offs_words = block_col * (BLOCK_COLS // WORD) + tl.arange(0, max(BLOCK_COLS // WORD, 1))[None, :]
+        WORDS: tl.constexpr = BLOCK_GROUPS * M // WORD
+        offs_groups = first_group + tl.arange(0, BLOCK_GROUPS)[None, :]
+        offs_words = first_group * M // WORD + tl.arange(0, WORDS)[None, :]
         words = tl.cdiv(cols, WORD)
-        offs_groups = block_col * (BLOCK_COLS // M) + tl.arange(0, BLOCK_COLS // M)[None, :]
-        bits = tl.where(offs_groups < cols // M, bits, 0)
-        tl.store(
-            output_ptr + offs_rows * words + offs_words,
-            bytes_of(bits, M),
-            mask=(offs_rows < rows) & (offs_words < words),
-        )
-    else:
-        tl.store(output_ptr + offs_rows * cols + offs_cols, keep.to(tl.int8), mask=inside)
+        bits = bytes_of(tl.where(offs_groups < groups, bits, 0), M)
+        tl.store(output_ptr + offs_rows * words + offs_words, bits, mask=(offs_rows < rows) & (offs_words < words))
 
 
 @triton.jit
@@ -341,23 +360,39 @@ def _select_rows_kernel(
     KEY_SHIFT: tl.constexpr,
     PRUNE: tl.constexpr,
     RELOAD: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    offs_cols = tl.arange(0, BLOCK_COLS)
-    inside = offs_cols < cols
-    weight_ptrs = weight_ptr + row * stride_weight_row + offs_cols
-    weight_tile = tl.load(weight_ptrs, mask=inside, other=0.0)
-    offs_gradient = row * stride_gradient_row + offs_cols
-    score = score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha)
-    report_nonfinite(score, row * cols + offs_cols, inside, offender_ptr)
+    weight_row_ptr = weight_ptr + row * stride_weight_row
+    weights, keys = (), ()
+    lowest = tl.full((PART,), 0x7FFFFFFF, tl.int32)
+    highest = tl.full((PART,), -0x80000000, tl.int32)
+    for part in tl.static_range(PARTS):
+        offs_cols = part * PART + tl.arange(0, PART)
+        inside = offs_cols < cols
+        weight_tile = tl.load(weight_row_ptr + offs_cols, mask=inside, other=0.0)
+        offs_gradient = row * stride_gradient_row + offs_cols
+        score = score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha)
+        key = ordered_key(score) >> KEY_SHIFT
+        lowest = tl.minimum(lowest, tl.where(inside, key, 0x7FFFFFFF))
+        key = tl.where(inside, key, -0x80000000)  # below every number, so that empty slots never count
+        highest = tl.maximum(highest, key)
+        weights, keys = weights + (weight_tile,), keys + (key,)
+    low, high = tl.min(lowest), tl.max(highest)
+
+    INFINITE: tl.constexpr = 0x7F800000 >> KEY_SHIFT  # key of +Inf; NaN lies above, -Inf is its complement
+    if (high >= INFINITE) | (low <= ~INFINITE):
+        bad = tl.full((PART,), 0x7FFFFFFF, tl.int32)
+        for part in tl.static_range(PARTS):
+            offs_cols = part * PART + tl.arange(0, PART)
+            infinite = (keys[part] >= INFINITE) | ((keys[part] <= ~INFINITE) & (offs_cols < cols))
+            bad = tl.minimum(bad, tl.where(infinite, offs_cols, 0x7FFFFFFF))
+        tl.atomic_min(offender_ptr, row * cols + tl.min(bad))
 
     # reach(t) = number of keys >= t. Always reach(low) > keep >= reach(high), until reach(high) == keep or only keys
-    # equal to low lie between. Steps alternate between the middle and the place where a straight line would put `keep`.
-    key = ordered_key(score) >> KEY_SHIFT
-    low = tl.min(tl.where(inside, key, 0x7FFFFFFF)).to(tl.int64)
-    high = tl.max(tl.where(inside, key, -0x80000000)).to(tl.int64) + 1
-    key = tl.where(inside, key, -0x80000000)
+    # equal to low lie between. Steps alternate between the place where a straight line would put `keep` and the middle.
+    low, high = low.to(tl.int64), high.to(tl.int64) + 1
     reach_low, reach_high = cols, 0
     if keep == cols:
         high, reach_high = low, cols
@@ -366,30 +401,39 @@ def _select_rows_kernel(
         fraction = tl.where(step % 2 == 0, (reach_low - keep).to(tl.float32) / (reach_low - reach_high), 0.5)
         jump = ((high - low).to(tl.float32) * fraction).to(tl.int64)
         middle = low + tl.minimum(tl.maximum(jump, 1), high - low - 1)
-        reach = tl.sum((key >= middle.to(tl.int32)).to(tl.int32))
+        reached = tl.zeros((PART,), tl.int32)
+        for part in tl.static_range(PARTS):
+            reached += (keys[part] >= middle.to(tl.int32)).to(tl.int32)
+        reach = tl.sum(reached)
         too_many = reach > keep
         low, reach_low = tl.where(too_many, middle, low), tl.where(too_many, reach, reach_low)
         high, reach_high = tl.where(too_many, high, middle), tl.where(too_many, reach_high, reach)
         step += 1
 
     # Of the keys equal to low, those left of column `edge` stay.
+    tied_key, sure_key = low.to(tl.int32), high.to(tl.int32)
     edge, right = 0, cols
     while (reach_high != keep) & (edge < right):
         middle_col = (edge + right) // 2
-        ties = tl.sum(((key == low.to(tl.int32)) & (offs_cols < middle_col)).to(tl.int32))
-        enough = reach_high + ties >= keep
+        tied = tl.zeros((PART,), tl.int32)
+        for part in tl.static_range(PARTS):
+            tied += ((keys[part] == tied_key) & (part * PART + tl.arange(0, PART) < middle_col)).to(tl.int32)
+        enough = reach_high + tl.sum(tied) >= keep
         right, edge = tl.where(enough, middle_col, right), tl.where(enough, edge, middle_col + 1)
-    kept = (key >= high.to(tl.int32)) | ((key == low.to(tl.int32)) & (offs_cols < edge))
-    kept = kept & inside
 
     output_row_ptr = output_ptr + row * stride_output_row
-    if PRUNE:
-        if RELOAD:
-            weight_tile = tl.load(weight_ptrs, mask=inside, other=0.0)
-        tl.store(weight_ptrs, tl.where(kept & (weight_tile != 0), weight_tile, 0.0), mask=inside)
-        _store_bits(output_row_ptr, kept, 0, cols, BLOCK_COLS)
-    else:
-        tl.store(output_row_ptr + offs_cols, kept.to(tl.int8), mask=inside)
+    for part in tl.static_range(PARTS):
+        offs_cols = part * PART + tl.arange(0, PART)
+        inside = offs_cols < cols
+        kept = (keys[part] >= sure_key) | ((keys[part] == tied_key) & (offs_cols < edge))
+        if PRUNE:
+            weight_tile = weights[part]
+            if RELOAD:
+                weight_tile = tl.load(weight_row_ptr + offs_cols, mask=inside, other=0.0)
+            tl.store(weight_row_ptr + offs_cols, tl.where(kept & (weight_tile != 0), weight_tile, 0.0), mask=inside)
+            _store_bits(output_row_ptr, kept, part * PART, cols, PART)
+        else:
+            tl.store(output_row_ptr + offs_cols, kept.to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -417,7 +461,9 @@ def _wide_key(
     offs_gradient = row * stride_gradient_row + offs_cols
     score = score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha)
     if offender_ptr is not None:
-        report_nonfinite(score, row * cols + offs_cols, inside, offender_ptr)
+        bad = first_nonfinite(score, tl.arange(0, offs_cols.shape[0]))
+        if bad < offs_cols.shape[0]:
+            tl.atomic_min(offender_ptr, row * cols + tl.min(offs_cols) + bad)
     return ordered_key(score) ^ -0x80000000
 
 
