@@ -10,7 +10,6 @@
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-CXX ?= c++
 PIP_ARGS ?=
 
 VENV := .venv
@@ -52,8 +51,8 @@ $(TOOLS): constraints.txt
 	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "wandapp needs Python 3.11 or" \
 		"newer, and $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1); name another with make" \
 		"PYTHON=/path/to/python" >&2; exit 2; }
-	@command -v $(CXX) >/dev/null || { echo "wandapp needs a C++17 compiler, and $(CXX) was not found; install g++ or" \
-		"name one with make CXX=..." >&2; exit 2; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "wandapp needs a C++17 compiler, and neither c++" \
+		"nor g++ was found; install g++" >&2; exit 2; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(INSTALL) setuptools pybind11 ninja
 	@touch $@

@@ -160,7 +160,7 @@ def summary(recipe: PruneConfig, report: Any) -> dict[str, str]:
 def companion_files(recipe: PruneConfig, report: Any) -> dict[str, str]:
     """Recipe, report and model card that lie beside the weights."""
     return {
-        "wandapp/recipe.yaml": recipe.dump_yaml(),
+        "wandapp/recipe.yaml": recipe.resolved().dump_yaml(),
         "wandapp/report.json": json.dumps(report.to_dict(), indent=1) + "\n",
         "README.md": _model_card(recipe, report),
     }
