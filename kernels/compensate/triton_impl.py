@@ -1,4 +1,4 @@
-"""SparseGPT's column loop in Triton: a tile of rows stays in registers from the first column of the block to the last."""
+"""SparseGPT's column loop in Triton: a tile of rows stays in registers from the block's first column to its last."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from torch import Tensor
 from wandapp.errors import BackendUnavailableError
 
 WIDEST_BLOCK = 128
-BLOCK_ROWS = 16
+BLOCK_ROWS = 8  # a row lies in one warp, so a column is spread without a barrier
 NO_OFFENDER = torch.iinfo(torch.int64).max
 
 

@@ -164,6 +164,12 @@ def _unused_key_bits(weight: Tensor, column_scale: Tensor | None, gradient: Tens
 
 
 @triton.jit
+def is_nonzero(tile):
+    """False for -0.0 too. The comparison is in fp32 because the interpreter compares bf16 as integers."""
+    return tile.to(tl.float32) != 0
+
+
+@triton.jit
 def score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha):
     """|weight| * (alpha * gradient + column_scale) in fp32, each operation rounded."""
     magnitude = tl.abs(weight_tile.to(tl.float32))
@@ -247,11 +253,17 @@ def keep_bits(lanes, N: tl.constexpr, COUNT: tl.constexpr):
     for i in tl.static_range(COUNT):
         above += tl.where(lanes[i] > threshold, (1 << i) + 0x10000, 0)
         equal += tl.where(lanes[i] == threshold, 1 << i, 0)
+    return fill_up(above, equal, N)
+
+
+@triton.jit
+def fill_up(above, spare, N: tl.constexpr):
+    """Low half of `above` (its high half counts the bits), filled up to N bits with the lowest bits of `spare`."""
     bits = above & 0xFFFF
-    for i in tl.static_range(N):  # the lowest of the equal lanes fill up to N
-        lowest = equal & -equal
+    for i in tl.static_range(N):
+        lowest = spare & -spare
         bits |= tl.where((above >> 16) + i < N, lowest, 0)
-        equal ^= lowest
+        spare ^= lowest
     return bits
 
 
@@ -330,7 +342,7 @@ def _select_nm_kernel(
         offs_cols, inside = columns[part]
         keep = spread_bits(bits >> (part * PART), PART)
         if PRUNE:
-            kept = tl.where(keep & (weights[part] != 0), weights[part], 0.0)
+            kept = tl.where(keep & is_nonzero(weights[part]), weights[part], 0.0)
             tl.store(weight_ptr + offs_rows * stride_weight_row + offs_cols, kept, mask=inside)
         if not BITS:
             tl.store(output_ptr + offs_rows * cols + offs_cols, keep.to(tl.int8), mask=inside)
@@ -430,14 +442,16 @@ def _select_rows_kernel(
             weight_tile = weights[part]
             if RELOAD:
                 weight_tile = tl.load(weight_row_ptr + offs_cols, mask=inside, other=0.0)
-            tl.store(weight_row_ptr + offs_cols, tl.where(kept & (weight_tile != 0), weight_tile, 0.0), mask=inside)
-            _store_bits(output_row_ptr, kept, part * PART, cols, PART)
+            tl.store(
+                weight_row_ptr + offs_cols, tl.where(kept & is_nonzero(weight_tile), weight_tile, 0.0), mask=inside
+            )
+            store_bits(output_row_ptr, kept, part * PART, cols, PART)
         else:
             tl.store(output_row_ptr + offs_cols, kept.to(tl.int8), mask=inside)
 
 
 @triton.jit
-def _store_bits(bitmask_row_ptr, kept, first_col, cols, BLOCK_COLS: tl.constexpr):
+def store_bits(bitmask_row_ptr, kept, first_col, cols, BLOCK_COLS: tl.constexpr):
     """Stores kept [BLOCK_COLS] as bits of the bytes from column first_col on; kept must be False beyond cols."""
     fields = kept.to(tl.int32).reshape(1, BLOCK_COLS)
     offs_bytes = first_col // 8 + tl.arange(0, BLOCK_COLS // 8)[None, :]
@@ -450,7 +464,7 @@ def _pack_mask_kernel(mask_ptr, bitmask_ptr, cols, BLOCK_COLS: tl.constexpr):
     first_col = tl.program_id(1) * BLOCK_COLS
     offs_cols = first_col + tl.arange(0, BLOCK_COLS)
     kept = tl.load(mask_ptr + row * cols + offs_cols, mask=offs_cols < cols, other=0)
-    _store_bits(bitmask_ptr + row * tl.cdiv(cols, 8), kept, first_col, cols, BLOCK_COLS)
+    store_bits(bitmask_ptr + row * tl.cdiv(cols, 8), kept, first_col, cols, BLOCK_COLS)
 
 
 @triton.jit
@@ -557,7 +571,7 @@ def _write_wide_rows_kernel(
     kept = kept | (inside & ((key ^ -0x80000000) > (threshold ^ -0x80000000)))
     output_row_ptr = output_ptr + row * stride_output_row
     if PRUNE:
-        tl.store(weight_ptrs, tl.where(kept & (weight_tile != 0), weight_tile, 0.0), mask=inside)
-        _store_bits(output_row_ptr, kept, tile.to(tl.int64) * BLOCK_COLS, cols, BLOCK_COLS)
+        tl.store(weight_ptrs, tl.where(kept & is_nonzero(weight_tile), weight_tile, 0.0), mask=inside)
+        store_bits(output_row_ptr, kept, tile.to(tl.int64) * BLOCK_COLS, cols, BLOCK_COLS)
     else:
         tl.store(output_row_ptr + offs_cols, kept.to(tl.int8), mask=inside)
