@@ -37,6 +37,51 @@ int64_t select_rows(const ScoreTerms& terms, Address mask, bool in_place, int64_
   return kernels_of(isa).select_rows(terms, {at<uint8_t>(mask), in_place}, keep, threads);
 }
 
+int64_t compensate_block(Address weight, int64_t weight_stride, int64_t rows, int64_t width, Address factor, int n, int m,
+                         Address given_mask, Address mask, Address error, int threads, const std::string& isa) {
+  return kernels_of(isa).compensate_block({at<float>(weight), weight_stride, rows, width, at<float>(factor), n, m,
+                                           at<uint8_t>(given_mask), at<uint8_t>(mask), at<float>(error)},
+                                          threads);
+}
+
+PackArgs make_pack_args(Address weight, int64_t weight_stride, int dtype, int64_t rows, int64_t cols, Address values,
+                        Address bitmask) {
+  return {at<void>(weight), weight_stride, Dtype(dtype), rows, cols, at<void>(values), at<uint8_t>(bitmask)};
+}
+
+int64_t pack_nm(const PackArgs& args, int n, int m, int threads, const std::string& isa) {
+  return kernels_of(isa).pack_nm(args, n, m, threads);
+}
+
+void count_nonzeros(const PackArgs& args, Address counts, int threads, const std::string& isa) {
+  kernels_of(isa).count_nonzeros(args, at<int64_t>(counts), threads);
+}
+
+void pack_nonzeros(const PackArgs& args, Address row_offsets, int threads, const std::string& isa) {
+  kernels_of(isa).pack_nonzeros(args, at<int64_t>(row_offsets), threads);
+}
+
+PackedWeight make_packed_weight(Address values, Address bitmask, Address row_offsets, int64_t values_per_row, int dtype,
+                                int64_t rows, int64_t cols) {
+  return {at<void>(values), at<uint8_t>(bitmask), at<int64_t>(row_offsets), values_per_row, Dtype(dtype), rows, cols};
+}
+
+void unpack(const PackedWeight& packed, int64_t first_row, int64_t end_row, Address out, int threads,
+            const std::string& isa) {
+  kernels_of(isa).unpack(packed, first_row, end_row, at<void>(out), threads);
+}
+
+void sparse_linear(const PackedWeight& packed, Address x, int64_t tokens, Address bias, Address y, int threads,
+                   const std::string& isa) {
+  kernels_of(isa).sparse_linear(packed, {at<void>(x), tokens, at<void>(bias), at<void>(y)}, threads);
+}
+
+void dense_linear(Address weight, int dtype, int64_t rows, int64_t cols, Address x, Address bias, Address y, int threads,
+                  const std::string& isa) {
+  const LinearArgs args{at<void>(x), 1, at<void>(bias), at<void>(y)};
+  kernels_of(isa).dense_linear(at<void>(weight), Dtype(dtype), rows, cols, args, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -50,8 +95,22 @@ PYBIND11_MODULE(_C, module) {
            py::arg("scale"), py::arg("gradient"), py::arg("gradient_stride"), py::arg("alpha"), py::arg("rows"),
            py::arg("cols"));
 
+  py::class_<PackArgs>(module, "PackArgs")
+      .def(py::init(&make_pack_args), py::arg("weight"), py::arg("weight_stride"), py::arg("dtype"), py::arg("rows"),
+           py::arg("cols"), py::arg("values"), py::arg("bitmask"));
+  py::class_<PackedWeight>(module, "PackedWeight", "row_offsets 0: every row holds values_per_row values")
+      .def(py::init(&make_packed_weight), py::arg("values"), py::arg("bitmask"), py::arg("row_offsets"),
+           py::arg("values_per_row"), py::arg("dtype"), py::arg("rows"), py::arg("cols"));
+
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;
   module.def("column_sumsq", &column_sumsq, ReleaseGil());
   module.def("select_nm", &select_nm, ReleaseGil());
   module.def("select_rows", &select_rows, ReleaseGil());
+  module.def("compensate_block", &compensate_block, ReleaseGil());
+  module.def("pack_nm", &pack_nm, ReleaseGil());
+  module.def("count_nonzeros", &count_nonzeros, ReleaseGil());
+  module.def("pack_nonzeros", &pack_nonzeros, ReleaseGil());
+  module.def("unpack", &unpack, ReleaseGil());
+  module.def("sparse_linear", &sparse_linear, ReleaseGil());
+  module.def("dense_linear", &dense_linear, ReleaseGil(), "One token on a dense weight, for benchmarks");
 }

@@ -7,12 +7,14 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
+#include "cpu/first_offender.h"
 #include "cpu/half.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"

@@ -25,22 +25,75 @@ struct Choice {
   bool in_place;
 };
 
+// One column block of SparseGPT. n = 0: given_mask says what stays; else n of every m is chosen. `mask` takes what was used.
+struct CompensateArgs {
+  float* weight;
+  int64_t weight_stride;
+  int64_t rows, width;
+  const float* factor;
+  int n, m;
+  const uint8_t* given_mask;
+  uint8_t* mask;
+  float* error;
+};
+
+struct PackArgs {
+  const void* weight;
+  int64_t weight_stride;
+  Dtype dtype;
+  int64_t rows, cols;
+  void* values;
+  uint8_t* bitmask;
+};
+
+// row_offsets is null when every row holds values_per_row values.
+struct PackedWeight {
+  const void* values;
+  const uint8_t* bitmask;
+  const int64_t* row_offsets;
+  int64_t values_per_row;
+  Dtype dtype;
+  int64_t rows, cols;
+
+  int64_t row_begin(int64_t row) const { return row_offsets ? row_offsets[row] : row * values_per_row; }
+};
+
+// y [tokens, rows] = x [tokens, cols] W^T + bias; bias may be null.
+struct LinearArgs {
+  const void* x;
+  int64_t tokens;
+  const void* bias;
+  void* y;
+};
+
 struct Kernels {
   void (*column_sumsq)(const void* x, Dtype, int64_t batches, int64_t tokens, int64_t features, int64_t batch_stride,
                        int64_t token_stride, float* out, int threads);
   // Both return the flat index of the first score that is NaN or Inf, else -1.
   int64_t (*select_nm)(const ScoreTerms&, Choice, int n, int m, int threads);
   int64_t (*select_rows)(const ScoreTerms&, Choice, int64_t keep, int threads);
+  // The flat index of the first error that is NaN or Inf, else -1.
+  int64_t (*compensate_block)(const CompensateArgs&, int threads);
+  // The flat index of the first column of the first group with more than n non-zeros, else -1.
+  int64_t (*pack_nm)(const PackArgs&, int n, int m, int threads);
+  void (*count_nonzeros)(const PackArgs&, int64_t* counts, int threads);
+  void (*pack_nonzeros)(const PackArgs&, const int64_t* row_offsets, int threads);
+  void (*unpack)(const PackedWeight&, int64_t first_row, int64_t end_row, void* out, int threads);
+  void (*sparse_linear)(const PackedWeight&, const LinearArgs&, int threads);
+  // The same product on a dense row-major weight: what benchmarks compare with.
+  void (*dense_linear)(const void* weight, Dtype, int64_t rows, int64_t cols, const LinearArgs&, int threads);
 };
 
 extern const Kernels portable_kernels;
 #ifdef __x86_64__
 extern const Kernels avx2_kernels, avx512_kernels;
+// What the AVX-512 kernels do better with VBMI2.
+extern void (*const sparse_linear_vbmi2)(const PackedWeight&, const LinearArgs&, int threads);
 #endif
 
-// The table of `isa` ("auto" = the widest this machine runs). Throws std::invalid_argument when it cannot run here.
+// The table of `isa`: "portable", "avx2", "avx512", "avx512vbmi2", or "auto", the widest this machine runs. Throws
+// std::invalid_argument when it cannot run here.
 const Kernels& kernels_of(const std::string& isa);
-// "avx512", "avx2" or "portable": the widest this machine runs.
 const char* best_isa();
 bool isa_runs_here(const std::string& isa);
 

@@ -4,6 +4,16 @@
 namespace wandapp {
 namespace {
 
+struct ExpandPlaces {
+  int8_t of_mask[256][8] = {};
+  constexpr ExpandPlaces() {
+    for (int mask = 0; mask < 256; mask++) {
+      for (int lane = 0, next = 0; lane < 8; lane++) of_mask[mask][lane] = int8_t(mask >> lane & 1 ? next++ : -1);
+    }
+  }
+};
+constexpr ExpandPlaces kPlaces;
+
 struct Avx2 {
   struct Floats {
     __m256 low, high;
@@ -24,6 +34,34 @@ struct Avx2 {
   }
   static Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
   static Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+  static Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+  static Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+  static Floats add_product(Floats sum, Floats a, Floats b) {
+    return {_mm256_fmadd_ps(a.low, b.low, sum.low), _mm256_fmadd_ps(a.high, b.high, sum.high)};
+  }
+  static float total(Floats a) {
+    const __m256 eight = _mm256_add_ps(a.low, a.high);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  static Floats only(Floats a, uint32_t keep) {
+    return {_mm256_and_ps(a.low, _mm256_castsi256_ps(lanes_of_bits(keep))),
+            _mm256_and_ps(a.high, _mm256_castsi256_ps(lanes_of_bits(keep >> 8)))};
+  }
+
+  static constexpr int kTokens = 2;
+  template <class T>
+  static constexpr int column_of_place(int place) {
+    return place;
+  }
+  template <bool guarded, class T>
+  static void expand(const T* values, uint32_t mask, Floats& low, Floats& high) {
+    low.low = expand8<guarded>(values, mask & 255);
+    low.high = expand8<guarded>(values, mask >> 8 & 255);
+    high.low = expand8<guarded>(values, mask >> 16 & 255);
+    high.high = expand8<guarded>(values, mask >> 24);
+  }
 
   static Bits magnitude(Floats a) {
     const __m256i positive = _mm256_set1_epi32(0x7fffffff);
@@ -31,6 +69,12 @@ struct Avx2 {
             _mm256_and_si256(_mm256_castps_si256(a.high), positive)};
   }
   static Bits load_bits(const int32_t* from) { return {load_256(from), load_256(from + 8)}; }
+  static Bits fill_bits(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+  static Bits count_before(Bits rank, Bits other, bool lower, Bits own) {
+    const __m256i tie = _mm256_set1_epi32(lower);
+    return {_mm256_sub_epi32(rank.low, _mm256_cmpgt_epi32(_mm256_add_epi32(other.low, tie), own.low)),
+            _mm256_sub_epi32(rank.high, _mm256_cmpgt_epi32(_mm256_add_epi32(other.high, tie), own.high))};
+  }
   static void store_bits(int32_t* to, Bits a) {
     store_256(to, a.low);
     store_256(to + 8, a.high);
@@ -66,8 +110,7 @@ struct Avx2 {
   }
   static void zero_removed(float* weight, uint32_t keep) {
     for (int half = 0; half < 2; half++, weight += 8, keep >>= 8) {
-      const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-      const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(keep)), bit), bit);
+      const __m256i kept = lanes_of_bits(keep);
       const __m256i bits = load_256(weight);
       const __m256i zero = _mm256_cmpeq_epi32(_mm256_slli_epi32(bits, 1), _mm256_setzero_si256());
       store_256(weight, _mm256_and_si256(_mm256_andnot_si256(zero, kept), bits));
@@ -100,6 +143,26 @@ struct Avx2 {
   static void store_256(T* to, __m256i bits) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
   }
+  // All ones in the lanes of the lowest eight bits.
+  static __m256i lanes_of_bits(uint32_t bits) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);
+  }
+  // The next values go to the lanes of the mask's bits, by a table of all 256 masks: which value each lane takes, -1
+  // for none. The sign then blanks the lane.
+  template <bool guarded, class T>
+  static __m256 expand8(const T*& values, uint32_t mask) {
+    const int count = __builtin_popcount(mask);
+    T padded[8] = {};
+    if (guarded) std::copy_n(values, count, padded);
+    const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.of_mask[mask]));
+    const __m256i take = _mm256_cvtepi8_epi32(places);
+    const __m256 placed = _mm256_permutevar8x32_ps(widen8(guarded ? padded : values), take);
+    values += count;
+    return _mm256_blendv_ps(placed, _mm256_setzero_ps(), _mm256_castsi256_ps(take));
+  }
+  static __m256 widen8(const float* from) { return _mm256_loadu_ps(from); }
+  static __m256 widen8(const Half* from) { return _mm256_cvtph_ps(load_128(from)); }
   static __m256 widen8(const Bf16* from) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(from)), 16));
   }

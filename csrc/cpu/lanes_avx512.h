@@ -17,11 +17,33 @@ struct Avx512 {
   static void store(float* to, Floats a) { _mm512_storeu_ps(to, a); }
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  static Floats add_product(Floats sum, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, sum); }
+  static float total(Floats a) { return _mm512_reduce_add_ps(a); }
+  static Floats only(Floats a, uint32_t keep) { return _mm512_maskz_mov_ps(__mmask16(keep), a); }
+
+  static constexpr int kTokens = 8;
+  template <class T>
+  static constexpr int column_of_place(int place) {
+    return place;
+  }
+  template <bool guarded, class T>
+  static void expand(const T* values, uint32_t mask, Floats& low, Floats& high) {
+    const int count = __builtin_popcount(mask & 0xffff);
+    low = expand16<guarded>(values, mask & 0xffff);
+    high = expand16<guarded>(values + count, mask >> 16);
+  }
 
   static Bits magnitude(Floats a) {
     return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff));
   }
   static Bits load_bits(const int32_t* from) { return _mm512_loadu_si512(from); }
+  static Bits fill_bits(int32_t value) { return _mm512_set1_epi32(value); }
+  static Bits count_before(Bits rank, Bits other, bool lower, Bits own) {
+    const __mmask16 before = _mm512_cmpgt_epi32_mask(_mm512_add_epi32(other, _mm512_set1_epi32(lower)), own);
+    return _mm512_mask_add_epi32(rank, before, rank, _mm512_set1_epi32(1));
+  }
   static void store_bits(int32_t* to, Bits a) { _mm512_storeu_si512(to, a); }
   static uint32_t above(Bits a, int32_t limit) { return _mm512_cmpgt_epi32_mask(a, _mm512_set1_epi32(limit)); }
   static uint32_t equal(Bits a, int32_t limit) { return _mm512_cmpeq_epi32_mask(a, _mm512_set1_epi32(limit)); }
@@ -52,12 +74,31 @@ struct Avx512 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_maskz_set1_epi8(__mmask16(keep), 1));
   }
 
- private:
+ protected:
+  // A mask of the lowest lanes for as many values as `mask` has bits.
+  static uint32_t lanes_of_count(uint32_t mask) { return _bzhi_u32(~0u, __builtin_popcount(mask)); }
+
+  template <bool guarded>
+  static Floats expand16(const float* values, uint32_t mask) {
+    const Floats next = guarded ? _mm512_maskz_loadu_ps(__mmask16(lanes_of_count(mask)), values) : load(values);
+    return _mm512_maskz_expand_ps(__mmask16(mask), next);
+  }
+  // Widening first needs only AVX-512F: vpexpandw is younger.
+  template <bool guarded, class T>
+  static Floats expand16(const T* values, uint32_t mask) {
+    if (!guarded) return _mm512_maskz_expand_ps(__mmask16(mask), load(values));
+    T padded[16];
+    const __m256i next = _mm256_maskz_loadu_epi16(__mmask16(lanes_of_count(mask)), values);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(padded), next);
+    return _mm512_maskz_expand_ps(__mmask16(mask), load(padded));
+  }
+
   template <class T>
   static __m256i load_16bit(const T* from) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   }
 
+ private:
   // Lane i meets lane j = (i + turn) mod m of its group. Past the group's end j < i, and then equals go before.
   template <int m, int turn>
   static void add_ranks(Bits a, Bits& rank) {
@@ -81,6 +122,41 @@ struct Avx512 {
     }
   }
 };
+
+#ifdef WANDAPP_VBMI2
+// vpexpandw places 32 16-bit values at once.
+struct Avx512Vbmi2 : Avx512 {
+  // bf16 is widened without moving lanes: even columns by a shift, odd ones by a mask. So x waits in that order.
+  template <class T>
+  static constexpr int column_of_place(int place) {
+    if (!std::is_same<T, Bf16>::value) return place;
+    return place < 16 ? 2 * place : 2 * (place - 16) + 1;
+  }
+  template <bool guarded>
+  static void expand(const float* values, uint32_t mask, Floats& low, Floats& high) {
+    Avx512::expand<guarded>(values, mask, low, high);
+  }
+  template <bool guarded>
+  static void expand(const Bf16* values, uint32_t mask, Floats& even, Floats& odd) {
+    const __m512i columns = expand32<guarded>(values, mask);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(columns, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(columns, _mm512_set1_epi32(int(0xffff0000))));
+  }
+  template <bool guarded>
+  static void expand(const Half* values, uint32_t mask, Floats& low, Floats& high) {
+    const __m512i columns = expand32<guarded>(values, mask);
+    low = _mm512_cvtph_ps(_mm512_castsi512_si256(columns));
+    high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(columns, 1));
+  }
+
+ private:
+  template <bool guarded, class T>
+  static __m512i expand32(const T* values, uint32_t mask) {
+    const __m512i next = guarded ? _mm512_maskz_loadu_epi16(lanes_of_count(mask), values) : _mm512_loadu_si512(values);
+    return _mm512_maskz_expand_epi16(mask, next);
+  }
+};
+#endif
 
 }  // namespace
 }  // namespace wandapp

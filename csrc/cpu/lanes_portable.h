@@ -33,6 +33,43 @@ struct Portable {
     return a;
   }
 
+  static Floats sub(Floats a, Floats b) {
+    for (int i = 0; i < 16; i++) a.at[i] -= b.at[i];
+    return a;
+  }
+  static Floats div(Floats a, Floats b) {
+    for (int i = 0; i < 16; i++) a.at[i] /= b.at[i];
+    return a;
+  }
+  // sum + a * b; rounded once where the instruction set has that.
+  static Floats add_product(Floats sum, Floats a, Floats b) { return add(sum, mul(a, b)); }
+  static float total(Floats a) {
+    for (int half = 8; half > 0; half /= 2) {
+      for (int i = 0; i < half; i++) a.at[i] += a.at[i + half];
+    }
+    return a.at[0];
+  }
+  // Lanes whose bit is clear become 0.
+  static Floats only(Floats a, uint32_t keep) {
+    for (int i = 0; i < 16; i++) a.at[i] = keep >> i & 1 ? a.at[i] : 0;
+    return a;
+  }
+
+  // Tokens whose sums fit the registers beside a row's spread values.
+  static constexpr int kTokens = 4;
+  // Lane order in which `expand` hands out 32 columns: place i of 32 holds column order(i).
+  template <class T>
+  static constexpr int column_of_place(int place) {
+    return place;
+  }
+  // 32 columns of a packed row: the next values at the places of the mask's bits, 0 elsewhere. `guarded` reads nothing
+  // beyond the values the mask counts; without it up to 32 values are read.
+  template <bool guarded, class T>
+  static void expand(const T* values, uint32_t mask, Floats& low, Floats& high) {
+    for (int i = 0; i < 16; i++) low.at[i] = mask >> i & 1 ? widen(*values++) : 0;
+    for (int i = 0; i < 16; i++) high.at[i] = mask >> (16 + i) & 1 ? widen(*values++) : 0;
+  }
+
   // The bits of |a|.
   static Bits magnitude(Floats a) {
     Bits out;
@@ -44,6 +81,16 @@ struct Portable {
     Bits out;
     std::memcpy(out.at, from, sizeof out.at);
     return out;
+  }
+  static Bits fill_bits(int32_t value) {
+    Bits out;
+    for (int32_t& lane : out.at) lane = value;
+    return out;
+  }
+  // rank + 1 where `other`, at a lower column or not, goes before `own`.
+  static Bits count_before(Bits rank, Bits other, bool lower, Bits own) {
+    for (int i = 0; i < 16; i++) rank.at[i] += other.at[i] + lower > own.at[i];
+    return rank;
   }
   static void store_bits(int32_t* to, Bits a) { std::memcpy(to, a.at, sizeof a.at); }
 

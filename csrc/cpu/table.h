@@ -2,14 +2,22 @@
 // type of an unnamed namespace, so every object file has its own.
 #pragma once
 #include "cpu/column_sumsq.h"
+//
 #include "cpu/select.h"
+//
+#include "cpu/compensate.h"
+#include "cpu/pack.h"
+//
+#include "cpu/sparse_linear.h"
 
 namespace wandapp {
 namespace {
 
 template <class Lanes>
 constexpr Kernels table_of() {
-  return {column_sumsq<Lanes>, select_nm<Lanes>, select_rows<Lanes>};
+  return {column_sumsq<Lanes>,   select_nm<Lanes>,     select_rows<Lanes>, compensate_block<Lanes>,
+          pack_nm<Lanes>,        count_nonzeros<Lanes>, pack_nonzeros<Lanes>, unpack<Lanes>,
+          sparse_linear<Lanes>,  dense_linear<Lanes>};
 }
 
 }  // namespace

@@ -60,6 +60,8 @@ def check_packed(packed: Packed) -> None:
     """The parts of `packed` fit each other in shape and dtype; the bits are trusted."""
     rows, cols = packed.shape
     values, bitmask, row_offsets = packed.values, packed.bitmask, packed.row_offsets
+    parts = [part for part in (values, bitmask, row_offsets) if part is not None]
+    require(all(part.is_contiguous() for part in parts), "the parts of a packed weight must be contiguous")
     require(values.dtype in WEIGHT_DTYPES, f"values must be float32, bfloat16 or float16, got {values.dtype}")
     require(
         bitmask.dtype == torch.uint8 and tuple(bitmask.shape) == (rows, (cols + 7) // 8),

@@ -1,0 +1,173 @@
+// The packed form: values in row order and one bit per column.
+#pragma once
+
+namespace wandapp {
+namespace {
+
+// Bits [c, c + 32) of a row's bitmask; beyond the row 0.
+inline uint32_t mask_at(const uint8_t* row_mask, int64_t c, int64_t cols) {
+  uint32_t mask = 0;
+  std::memcpy(&mask, row_mask + c / 8, std::min<int64_t>(4, (cols - c + 7) / 8));
+  return mask;
+}
+
+template <class Lanes, class T>
+uint32_t nonzero_at(const T* weight, int64_t c, int64_t cols) {
+  if (cols - c >= 16) return Lanes::nonzero(weight + c);
+  T padded[16] = {};
+  std::copy_n(weight + c, cols - c, padded);
+  return Lanes::nonzero(padded);
+}
+
+// The value as stored: +0.0 for -0.0.
+inline float stored(float value) { return value == 0 ? 0 : value; }
+template <class Half16>
+Half16 stored(Half16 value) {
+  return value.bits == 0x8000 ? Half16{0} : value;
+}
+
+template <class T>
+T* append_values(T* values, const T* weight, uint32_t mask) {
+  for (; mask; mask &= mask - 1) *values++ = stored(weight[__builtin_ctz(mask)]);
+  return values;
+}
+
+// One row, m a divisor of 16. Returns the first column of the first group with more than n non-zeros, or -1.
+template <class Lanes, class T>
+int64_t pack_row_nm(const T* weight, int64_t cols, int n, int m, T* values, uint8_t* row_mask) {
+  const uint32_t group_bits = (1u << m) - 1;
+  for (int64_t c = 0; c < cols; c += 16) {
+    const uint32_t nonzero = nonzero_at<Lanes>(weight, c, cols);
+    const int lanes = int(std::min<int64_t>(16, cols - c));
+    uint32_t mask = 0;
+    for (int first = 0; first < lanes; first += m) {
+      const uint32_t group = nonzero >> first & group_bits;
+      if (count_bits(group) > n) return c + first;
+      mask |= stored_of_group(group, n, m) << first;
+    }
+    values = append_values(values, weight + c, mask);
+    std::memcpy(row_mask + c / 8, &mask, (lanes + 7) / 8);
+  }
+  return -1;
+}
+
+// One row, any m.
+template <class T>
+int64_t pack_row_any(const T* weight, int64_t cols, int n, int m, T* values, uint8_t* row_mask) {
+  std::memset(row_mask, 0, (cols + 7) / 8);
+  for (int64_t first = 0; first < cols; first += m) {
+    int64_t zeros_wanted = n;
+    for (int i = 0; i < m; i++) zeros_wanted -= widen(weight[first + i]) != 0;
+    if (zeros_wanted < 0) return first;
+    for (int64_t c = first; c < first + m; c++) {
+      const bool zero = widen(weight[c]) == 0;
+      if (zero && zeros_wanted-- <= 0) continue;
+      *values++ = stored(weight[c]);
+      row_mask[c / 8] |= uint8_t(1 << c % 8);
+    }
+  }
+  return -1;
+}
+
+constexpr int64_t kPackRows = 16;  // rows of one task
+
+template <class Lanes, class T>
+int64_t pack_nm_of(const PackArgs& args, int n, int m, int threads) {
+  FirstOffender first;
+  const int64_t values_per_row = args.cols / m * n;
+  parallel((args.rows + kPackRows - 1) / kPackRows, threads, [&](int64_t task) {
+    for (int64_t row = task * kPackRows; row < std::min((task + 1) * kPackRows, args.rows); row++) {
+      const T* weight = static_cast<const T*>(args.weight) + row * args.weight_stride;
+      T* values = static_cast<T*>(args.values) + row * values_per_row;
+      uint8_t* row_mask = args.bitmask + row * ((args.cols + 7) / 8);
+      const int64_t offender = 16 % m == 0 ? pack_row_nm<Lanes>(weight, args.cols, n, m, values, row_mask)
+                                           : pack_row_any(weight, args.cols, n, m, values, row_mask);
+      if (offender >= 0) return first.report(row * args.cols + offender);
+    }
+  });
+  return first.index();
+}
+
+// counts[row] = non-zeros of the row.
+template <class Lanes, class T>
+void count_nonzeros_of(const PackArgs& args, int64_t* counts, int threads) {
+  parallel((args.rows + kPackRows - 1) / kPackRows, threads, [&](int64_t task) {
+    for (int64_t row = task * kPackRows; row < std::min((task + 1) * kPackRows, args.rows); row++) {
+      const T* weight = static_cast<const T*>(args.weight) + row * args.weight_stride;
+      int64_t count = 0;
+      for (int64_t c = 0; c < args.cols; c += 16) count += count_bits(nonzero_at<Lanes>(weight, c, args.cols));
+      counts[row] = count;
+    }
+  });
+}
+
+template <class Lanes, class T>
+void pack_nonzeros_of(const PackArgs& args, const int64_t* row_offsets, int threads) {
+  parallel((args.rows + kPackRows - 1) / kPackRows, threads, [&](int64_t task) {
+    for (int64_t row = task * kPackRows; row < std::min((task + 1) * kPackRows, args.rows); row++) {
+      const T* weight = static_cast<const T*>(args.weight) + row * args.weight_stride;
+      T* values = static_cast<T*>(args.values) + row_offsets[row];
+      uint8_t* row_mask = args.bitmask + row * ((args.cols + 7) / 8);
+      for (int64_t c = 0; c < args.cols; c += 16) {
+        const uint32_t mask = nonzero_at<Lanes>(weight, c, args.cols);
+        values = append_values(values, weight + c, mask);
+        std::memcpy(row_mask + c / 8, &mask, std::min<int64_t>(2, (args.cols - c + 7) / 8));
+      }
+    }
+  });
+}
+
+// Rows [first_row, end_row) of a packed weight, dense, to `out` [end_row - first_row, cols].
+template <class T>
+void unpack_of(const PackedWeight& packed, int64_t first_row, int64_t end_row, T* out, int threads) {
+  const int64_t rows = end_row - first_row;
+  parallel((rows + kPackRows - 1) / kPackRows, threads, [&](int64_t task) {
+    for (int64_t i = task * kPackRows; i < std::min((task + 1) * kPackRows, rows); i++) {
+      const T* values = static_cast<const T*>(packed.values) + packed.row_begin(first_row + i);
+      const uint8_t* row_mask = packed.bitmask + (first_row + i) * ((packed.cols + 7) / 8);
+      T* row = out + i * packed.cols;
+      std::fill_n(row, packed.cols, T{});
+      for (int64_t c = 0; c < packed.cols; c += 32) {
+        for (uint32_t mask = mask_at(row_mask, c, packed.cols); mask; mask &= mask - 1) {
+          row[c + __builtin_ctz(mask)] = *values++;
+        }
+      }
+    }
+  });
+}
+
+template <class Lanes>
+int64_t pack_nm(const PackArgs& args, int n, int m, int threads) {
+  switch (args.dtype) {
+    case kBfloat16: return pack_nm_of<Lanes, Bf16>(args, n, m, threads);
+    case kFloat16: return pack_nm_of<Lanes, Half>(args, n, m, threads);
+    default: return pack_nm_of<Lanes, float>(args, n, m, threads);
+  }
+}
+
+template <class Lanes>
+void count_nonzeros(const PackArgs& args, int64_t* counts, int threads) {
+  switch (args.dtype) {
+    case kBfloat16: return count_nonzeros_of<Lanes, Bf16>(args, counts, threads);
+    case kFloat16: return count_nonzeros_of<Lanes, Half>(args, counts, threads);
+    default: return count_nonzeros_of<Lanes, float>(args, counts, threads);
+  }
+}
+
+template <class Lanes>
+void pack_nonzeros(const PackArgs& args, const int64_t* row_offsets, int threads) {
+  switch (args.dtype) {
+    case kBfloat16: return pack_nonzeros_of<Lanes, Bf16>(args, row_offsets, threads);
+    case kFloat16: return pack_nonzeros_of<Lanes, Half>(args, row_offsets, threads);
+    default: return pack_nonzeros_of<Lanes, float>(args, row_offsets, threads);
+  }
+}
+
+template <class Lanes>
+void unpack(const PackedWeight& packed, int64_t first_row, int64_t end_row, void* out, int threads) {
+  if (packed.dtype == kFloat32) return unpack_of(packed, first_row, end_row, static_cast<float*>(out), threads);
+  return unpack_of(packed, first_row, end_row, static_cast<Half*>(out), threads);  // 16 bits are 16 bits
+}
+
+}  // namespace
+}  // namespace wandapp

@@ -1,0 +1,64 @@
+"""Packing in C++."""
+
+import torch
+from torch import Tensor
+from wandapp.kernels.pack import Packed
+
+from wandapp import _C
+from wandapp.kernels.native import DTYPE_CODES, address, instruction_set
+
+
+def pack_cpu(
+    weight: Tensor, *, n: int | None, m: int | None, isa: str | None = None
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    rows, cols = weight.shape
+    bitmask = torch.empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+    run = (torch.get_num_threads(), instruction_set(isa))
+    if n is not None:
+        values = weight.new_empty(rows, cols // m * n)
+        return values, bitmask, None, _C.pack_nm(_pack_args(weight, values, bitmask), n, m, *run)
+    row_offsets = torch.zeros(rows + 1, dtype=torch.int64)
+    _C.count_nonzeros(_pack_args(weight, None, bitmask), address(row_offsets[1:]), *run)
+    row_offsets.cumsum_(0)
+    values = weight.new_empty(int(row_offsets[-1]))
+    _C.pack_nonzeros(_pack_args(weight, values, bitmask), address(row_offsets), *run)
+    return values, bitmask, row_offsets, -1
+
+
+def unpack_cpu(packed: Packed, *, isa: str | None = None) -> Tensor:
+    return unpack_rows(packed, 0, packed.shape[0], isa=isa)
+
+
+def unpack_rows(packed: Packed, first_row: int, end_row: int, *, isa: str | None = None) -> Tensor:
+    """Dense rows first_row..end_row - 1."""
+    dense = packed.values.new_empty(end_row - first_row, packed.shape[1])
+    weight = packed_weight(packed)
+    _C.unpack(weight, first_row, end_row, address(dense), torch.get_num_threads(), instruction_set(isa))
+    return dense
+
+
+def packed_weight(packed: Packed) -> _C.PackedWeight:
+    """How `wandapp._C` sees a packed weight. It holds addresses: keep `packed` alive while it is used."""
+    rows, cols = packed.shape
+    n, m = packed.pattern or (0, 1)
+    return _C.PackedWeight(
+        values=address(packed.values),
+        bitmask=address(packed.bitmask),
+        row_offsets=address(packed.row_offsets),
+        values_per_row=cols // m * n,
+        dtype=DTYPE_CODES[packed.values.dtype],
+        rows=rows,
+        cols=cols,
+    )
+
+
+def _pack_args(weight: Tensor, values: Tensor | None, bitmask: Tensor) -> _C.PackArgs:
+    return _C.PackArgs(
+        weight=address(weight),
+        weight_stride=weight.stride(0),
+        dtype=DTYPE_CODES[weight.dtype],
+        rows=weight.shape[0],
+        cols=weight.shape[1],
+        values=address(values),
+        bitmask=address(bitmask),
+    )
