@@ -59,6 +59,10 @@ class PruneConfig(BaseModel):
     # Methods. Wanda++: arXiv:2503.04992. A field that is None takes the preset's value (PRESETS below)
     preset: Literal["paper", "robust"] = Field("robust", description="values of the method options left open")
     alpha: float | None = Field(None, ge=0, description="weight of the gradient in the score of rgs and gblm")
+    alpha_unit: Literal["absolute", "relative"] | None = Field(
+        None,
+        description="rgs: whether alpha multiplies G as it is, or G brought to the input norms' mean in each layer",
+    )
     regional_loss: Literal["frobenius", "token"] | None = Field(
         None, description="rgs: norm of a block's outputs as they are, or with each token divided by its RMS"
     )
@@ -90,7 +94,9 @@ class PruneConfig(BaseModel):
     def resolved(self) -> "PruneConfig":
         """The same with every open method option filled in from the preset."""
         values = self.model_dump()
-        return PruneConfig(**values | {key: value for key, value in PRESETS[self.preset].items() if values[key] is None})
+        return PruneConfig(
+            **values | {key: value for key, value in PRESETS[self.preset].items() if values[key] is None}
+        )
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "PruneConfig":
@@ -149,19 +155,21 @@ class PruneConfig(BaseModel):
         return value
 
 
-# paper: as published. robust: what lowered perplexity on every text, seed and model family tried (docs/robust.md)
+# paper: as published. robust: what lowered perplexity on every text, seed and model family tried (README, Quality)
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "alpha": 100.0,
+        "alpha_unit": "absolute",
         "regional_loss": "frobenius",
         "ro_lr": 3e-7,
         "ro_lr_unit": "absolute",
         "ro_loss": "frobenius",
     },
     "robust": {
-        "alpha": 100.0,
+        "alpha": 1.0,
+        "alpha_unit": "absolute",
         "regional_loss": "token",
-        "ro_lr": 1e-3,
+        "ro_lr": 3e-3,
         "ro_lr_unit": "weight-rms",
         "ro_loss": "token",
     },

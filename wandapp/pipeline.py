@@ -15,8 +15,8 @@ from wandapp import methods
 from wandapp.blocks import DecoderBlock
 from wandapp.calibration import load_calibration, save_tokens
 from wandapp.config import PruneConfig
-from wandapp.errors import WandappError
 from wandapp.methods.base import BlockRecord
+from wandapp.models import resolve_device
 from wandapp.pattern import SparsityPattern
 from wandapp.report import MachineRate, Progress, PruneReport, peak_gib
 from wandapp.store import ModelStore
@@ -44,7 +44,7 @@ def prune(
     if config is None:
         config = PruneConfig(**options | ({"calibration": calibration} if isinstance(calibration, str) else {}))
     config = config.resolved()
-    device = _device(config)
+    device = resolve_device(config.device)
     method = methods.create(config)
     store = ModelStore(model, config.pattern, skip=config.skip, device=device)
     source = calibration if isinstance(calibration, Tensor) else config.calibration
@@ -168,14 +168,6 @@ def _frozen(model: nn.Module):
         model.train(training)
         for parameter, requires_grad in wanted.items():
             parameter.requires_grad_(requires_grad)
-
-
-def _device(config: PruneConfig) -> torch.device:
-    if config.device != "auto":
-        if config.device.startswith("cuda") and not torch.cuda.is_available():
-            raise WandappError(f"device {config.device!r}: torch sees no GPU here; use --device cpu")
-        return torch.device(config.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _auto_batch_size(device: torch.device, tokens: Tensor) -> int:

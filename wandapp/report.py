@@ -15,7 +15,7 @@ class MachineRate:
     """The machine's matmul rate, sampled between blocks because it drifts; the sampling is timed apart."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
-        size = 1024 if device.type == "cpu" else 8192
+        size = 1024 if device.type == "cpu" else 4096
         self.factors = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
         self.flops, self.seconds, self.overhead = 0.0, 0.0, 0.0
 

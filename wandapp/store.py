@@ -7,7 +7,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from wandapp.blocks import DecoderBlock, Recording, UnsupportedLayoutError, find_blocks, find_linears, forward_from, record
+from wandapp.blocks import (
+    DecoderBlock,
+    Recording,
+    UnsupportedLayoutError,
+    find_blocks,
+    find_linears,
+    forward_from,
+    record,
+)
 from wandapp.errors import WandappError
 from wandapp.pattern import SparsityPattern
 
@@ -22,7 +30,9 @@ class ModelStore:
         self.model, self.device = model, device
         self.prefix, self.blocks = find_blocks(model)
         _refuse_shared_weights(self.blocks, self.prefix)
-        self.all_linears = [find_linears(block, f"{self.prefix}.{index}", skip) for index, block in enumerate(self.blocks)]
+        self.all_linears = [
+            find_linears(block, f"{self.prefix}.{index}", skip) for index, block in enumerate(self.blocks)
+        ]
         self.linears = [_without_skipped(linears, skip) for linears in self.all_linears]
         _refuse_useless_skips(self.all_linears, skip)
         for linears in self.linears:
@@ -52,7 +62,9 @@ class ModelStore:
         home = next(self.model.parameters()).device
         leaf = hidden.detach().to(home).requires_grad_(True)
         with torch.enable_grad():
-            logits = forward_from(self.model, self.blocks, tokens.to(home), leaf)[:, :-1].float()  # [samples, seq_len - 1, vocab]
+            logits = forward_from(self.model, self.blocks, tokens.to(home), leaf)[
+                :, :-1
+            ].float()  # [samples, seq_len - 1, vocab]
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(home), reduction="sum")
             (loss / (tokens.shape[1] - 1)).backward()
         return leaf.grad.to(self.device)

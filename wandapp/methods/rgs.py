@@ -14,4 +14,8 @@ class RegionalGradientScore(Method):
     needs = frozenset({"column_norm", "regional_gradient"})
 
     def terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
-        return ScoreTerms(measured.column_norm(view), measured.gradients[view.name].value(), self.config.alpha)
+        norm, gradient = measured.column_norm(view), measured.gradients[view.name].value()
+        alpha = self.config.alpha
+        if self.config.alpha_unit == "relative":
+            alpha *= (norm.mean() / gradient.mean().clamp_min(1e-30)).item()
+        return ScoreTerms(norm, gradient, alpha)

@@ -51,7 +51,9 @@ class RegionalOptimisation(Method):
         record.layer_errors = layer_errors(block, measured, products)
         return record
 
-    def _keep_better(self, block: DecoderBlock, hidden: Tensor, probe: Tensor, pruned: dict, record: BlockRecord) -> None:
+    def _keep_better(
+        self, block: DecoderBlock, hidden: Tensor, probe: Tensor, pruned: dict, record: BlockRecord
+    ) -> None:
         record.error_before, record.error = record.error, block_error(block, hidden, probe)
         if record.error <= record.error_before:
             return

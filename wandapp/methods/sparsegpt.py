@@ -66,7 +66,9 @@ class SparseGPT(Method):
             factor = inverse_factor(hessian, damping * 10**step * mean)
             if factor is not None:
                 if step and record is not None:
-                    record.warnings.append(f"{name}: Hessian not positive definite, damping raised to {damping * 10**step:g}")
+                    record.warnings.append(
+                        f"{name}: Hessian not positive definite, damping raised to {damping * 10**step:g}"
+                    )
                 return factor
         raise WandappError(
             f"{name}: the Hessian cannot be factorised even with damping {damping * 10**DAMPING_STEPS:g}; "
