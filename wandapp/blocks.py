@@ -144,6 +144,10 @@ class DecoderBlock:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Output hidden states [batch, seq_len, hidden] of the block for input hidden states of the same shape."""
+        self.flops += hidden.shape[0] * hidden.shape[1] * self.forward_flops_per_token
+        return self._forward(hidden)
+
+    def _forward(self, hidden: Tensor) -> Tensor:
         if hidden.shape[0] not in self.calls:
             raise WandappError(
                 f"{self.name}: no call was recorded for a batch of {hidden.shape[0]}; recorded: {sorted(self.calls)}"
@@ -153,7 +157,6 @@ class DecoderBlock:
             output = self.module(*call.args, **{call.hidden_keyword: hidden}, **call.kwargs)
         else:
             output = self.module(hidden, *call.args, **call.kwargs)
-        self.flops += hidden.shape[0] * hidden.shape[1] * self.forward_flops_per_token
         return output[0] if isinstance(output, tuple) else output
 
     @property
@@ -193,17 +196,17 @@ class DecoderBlock:
 
         last = self._last if stop else None
         views = {view.weight.data_ptr(): view for view in self.all_linears.values()}
-        before, output = self.flops, None
+        output = None
         try:
             with _Watch(views, count, last, leaves) as watch:
-                output = self(hidden)
+                output = self._forward(hidden)
             self._leaf_names |= watch.leaf_names
         except _StopForward:
             pass
         tokens = hidden.shape[0] * hidden.shape[1]
         self._learn(seen, order, tokens)
         skipped = 2.0 * self._macs_per_token[last] if last else 0.0
-        self.flops = before + tokens * (self.forward_flops_per_token - skipped)
+        self.flops += tokens * (self.forward_flops_per_token - skipped)
         return output
 
     def backward(self, loss: Tensor, *, tokens: int) -> None:

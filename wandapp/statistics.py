@@ -47,7 +47,7 @@ class Hessian:
 
     def update(self, x: Tensor, rows: slice) -> None:
         x = x.flatten(0, -2).float()  # [tokens, in_features]
-        self.value.addmm_(x.T, x, alpha=2.0 / self.samples)
+        torch.addmm(self.value, x.T, x, alpha=2.0 / self.samples, out=self.value)
 
 
 class RegionalGradient:
@@ -133,6 +133,8 @@ class Collector:
             for statistics in (measured.norms, measured.hessians):
                 if view.name in statistics:
                     statistics[view.name].update(by_sample, self.rows)
+            if view.name in measured.hessians:
+                self.block.flops += 2.0 * x.numel() * x.shape[-1]
 
     def _by_sample(self, view: LinearView, x: Tensor) -> Tensor:
         """[samples, tokens, in_features]; an expert's tokens, which mix samples, count for the first one."""

@@ -38,11 +38,15 @@ class SparseGPT(Method):
             if view.is_expert and not measured.tokens.get(view.name):
                 self.prune_linear_(view, view.weight, self.checked_terms(view, measured, record), pattern)
                 continue
+            block.flops += (
+                0.0 if id(measured.hessians[view.name]) in self._factors else 4 / 3 * view.weight.shape[1] ** 3
+            )
             factor = self._factor(view, measured, record)
             weight = view.weight.float().contiguous()
             dead = measured.hessians[view.name].value.diagonal() == 0
             weight[:, dead] = 0.0
             solve_(weight, factor, pattern)
+            block.flops += weight.shape[0] * weight.shape[1] ** 2  # 2 per row and pair of columns c < c'
             if not torch.isfinite(weight).all():
                 raise WandappError(f"{view.name}: SparseGPT's compensated weights are not finite; raise --damping")
             view.weight.copy_(weight.add_(0.0))  # -0.0 becomes +0.0
