@@ -5,8 +5,6 @@
 # make clean    remove everything that was made
 # Each makes .venv first, once; a second call installs nothing. Needs Python 3.11 or newer and a C++17 compiler.
 #
-# PIP_ARGS adds to every pip call, e.g. PIP_ARGS="--extra-index-url INDEX" for a torch
-# without CUDA libraries (0.2 GB instead of several).
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
