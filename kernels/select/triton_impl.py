@@ -164,15 +164,25 @@ def _unused_key_bits(weight: Tensor, column_scale: Tensor | None, gradient: Tens
 
 
 @triton.jit
+def widen(tile):
+    """fp32 of the tile. bf16 is shifted into place, which is what the hardware does; the interpreter's own conversion
+    loses denormals."""
+    if tile.dtype == tl.bfloat16:
+        return (tile.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return tile.to(tl.float32)
+
+
+@triton.jit
 def is_nonzero(tile):
-    """False for -0.0 too. The comparison is in fp32 because the interpreter compares bf16 as integers."""
-    return tile.to(tl.float32) != 0
+    """False for -0.0 too. In fp32, because the interpreter compares bf16 as integers."""
+    return widen(tile) != 0
 
 
 @triton.jit
 def score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha):
     """|weight| * (alpha * gradient + column_scale) in fp32, each operation rounded."""
-    magnitude = tl.abs(weight_tile.to(tl.float32))
+    magnitude = tl.abs(widen(weight_tile))
     if column_scale_ptr is None:
         if gradient_ptr is None:
             return magnitude
