@@ -8,58 +8,52 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#define WANDAPP_CONSTEXPR __host__ __device__ constexpr
 #define WANDAPP_INLINE __host__ __device__ __forceinline__
 #else
-#define WANDAPP_CONSTEXPR constexpr
 #define WANDAPP_INLINE inline
 #endif
 
 namespace wandapp {
 
-// What stands in for the missing column when a group has fewer than two non-zeros.
-enum class ZeroFill {
-  kLowestZeros,  // the neutral form: all non-zeros, then the lowest zero columns
-  kTorch,        // torch's converters: {} and {3} and {2} -> (2, 3), {1} -> (1, 2), {0} -> (0, 2)
-};
-
 enum class Layout { kNeutral, kCutlass, kCusparselt };
 
-WANDAPP_CONSTEXPR unsigned kept_pair_of(unsigned nonzero, ZeroFill fill) {
-  unsigned pair[2] = {0, 0}, count = 0;
-  for (unsigned column = 0; column < 4 && count < 2; ++column)
-    if (nonzero >> column & 1) pair[count++] = column;
-  if (count < 2 && fill == ZeroFill::kLowestZeros) {
-    unsigned only = count ? pair[0] : 4, spare = only == 0 ? 1 : 0;
-    pair[0] = count ? (only < spare ? only : spare) : 0;
-    pair[1] = count ? (only < spare ? spare : only) : 1;
-  } else if (count < 2) {
-    unsigned only = count ? pair[0] : 3;
-    pair[0] = only < 2 ? only : 2;
-    pair[1] = only < 2 ? 2 : 3;
-  }
-  return pair[0] | pair[1] << 2;
+// Eight groups at once, a nibble each; m0 ... m3 are the four bits of every nibble, moved to the nibble's lowest place.
+struct Nibbles {
+  static constexpr uint32_t kLowest = 0x11111111;
+  uint32_t m0, m1, m2, m3;
+  WANDAPP_INLINE explicit Nibbles(uint32_t word)
+      : m0(word & kLowest), m1(word >> 1 & kLowest), m2(word >> 2 & kLowest), m3(word >> 3 & kLowest) {}
+};
+
+// Lowest bit of each nibble: more than two of its four bits are set.
+WANDAPP_INLINE uint32_t too_many(uint32_t nonzero) {
+  const Nibbles n(nonzero);
+  return (n.m0 & n.m1 & (n.m2 | n.m3)) | (n.m2 & n.m3 & (n.m0 | n.m1));
 }
 
-// Sixteen answers of four bits each: the table is one 64-bit constant, a look-up is one shift.
-WANDAPP_CONSTEXPR uint64_t kept_pair_table(ZeroFill fill) {
-  uint64_t table = 0;
-  for (unsigned nonzero = 0; nonzero < 16; ++nonzero) table |= uint64_t(kept_pair_of(nonzero, fill)) << 4 * nonzero;
-  return table;
+// The neutral form's kept columns: all non-zeros, then the lowest zero columns up to two. Column 0 fills in when fewer than
+// two of the others are set, column 1 when the columns behind it are empty.
+WANDAPP_INLINE uint32_t neutral_masks(uint32_t nonzero) {
+  const Nibbles n(nonzero);
+  const uint32_t two_of_others = (n.m1 & n.m2) | (n.m1 & n.m3) | (n.m2 & n.m3);
+  return nonzero | (~two_of_others & Nibbles::kLowest) | (~(n.m2 | n.m3) & Nibbles::kLowest) << 1;
 }
 
-template <ZeroFill fill>
-WANDAPP_INLINE unsigned kept_pair(unsigned nonzero) {
-  constexpr uint64_t table = kept_pair_table(fill);
-  return unsigned(table >> 4 * nonzero) & 15;
+// Masks with exactly two bits set -> pairs.
+//   first & 1  = !m0 & m1      first & 2  = !m0 & !m1
+//   second & 1 = m3 | m0 & m1  second & 2 = !(m0 & m1)
+WANDAPP_INLINE uint32_t pairs_of_masks(uint32_t masks) {
+  const Nibbles n(masks);
+  const uint32_t both = n.m0 & n.m1;
+  return (~n.m0 & n.m1) | (~(n.m0 | n.m1) & Nibbles::kLowest) << 1 | (n.m3 | both) << 2 | (~both & Nibbles::kLowest) << 3;
 }
 
-WANDAPP_INLINE unsigned mask_of_pair(unsigned pair) { return 1u << (pair & 3) | 1u << (pair >> 2); }
-
-// More than two of four bits set: no pair may be left after the lowest two set bits are cleared.
-WANDAPP_INLINE bool too_many(unsigned nonzero) {
-  nonzero &= nonzero - 1;
-  return nonzero & (nonzero - 1);
+// Non-zeros -> pairs by the rule of torch's converters, which fill in from the other end: {}, {2} and {3} become (2, 3), {1}
+// becomes (1, 2), {0} becomes (0, 2). It differs from the above in one term: no bit in 0 or 1 makes second = 3.
+WANDAPP_INLINE uint32_t torch_pairs(uint32_t nonzero) {
+  const Nibbles n(nonzero);
+  const uint32_t neither = ~(n.m0 | n.m1) & Nibbles::kLowest;
+  return pairs_of_masks(nonzero) | neither << 2;
 }
 
 // Bytes of the eight in {low, high} named by the selector's four nibbles: PRMT on the device.
@@ -82,9 +76,15 @@ struct Group<uint16_t> {  // {column 0 | column 1 << 16, column 2 | column 3 << 
   static constexpr int kWords = 2, kKeptWords = 1;
   uint32_t words[kWords];
 
-  WANDAPP_INLINE unsigned nonzero() const {
-    return unsigned((words[0] & 0x7fff) != 0) | unsigned((words[0] & 0x7fff0000) != 0) << 1 |
-           unsigned((words[1] & 0x7fff) != 0) << 2 | unsigned((words[1] & 0x7fff0000) != 0) << 3;
+  // Bits 15 and 31: that half has a bit besides the sign. At most 0x7fff + 0x7fff, so nothing carries into the next half.
+  static WANDAPP_INLINE uint32_t nonzero_halves(uint32_t word) { return (word & 0x7fff7fff) + 0x7fff7fff; }
+
+  WANDAPP_INLINE uint32_t nonzero() const {
+    const uint32_t spread = (nonzero_halves(words[0]) >> 15 & 0x00010001) | (nonzero_halves(words[1]) >> 13 & 0x00040004);
+    return (spread | spread >> 15) & 15;
+  }
+  WANDAPP_INLINE void clear_negative_zeros() {
+    for (int i = 0; i < kWords; ++i) words[i] &= nonzero_halves(words[i]) | 0x7fff7fff;
   }
   WANDAPP_INLINE void keep(unsigned mask) {
     words[0] &= (mask & 1 ? 0xffffu : 0) | (mask & 2 ? 0xffff0000u : 0);
@@ -101,10 +101,13 @@ struct Group<uint32_t> {
   static constexpr int kWords = 4, kKeptWords = 2;
   uint32_t words[kWords];
 
-  WANDAPP_INLINE unsigned nonzero() const {
-    unsigned bits = 0;
-    for (int column = 0; column < 4; ++column) bits |= unsigned((words[column] & 0x7fffffff) != 0) << column;
+  WANDAPP_INLINE uint32_t nonzero() const {
+    uint32_t bits = 0;
+    for (int column = 0; column < 4; ++column) bits |= uint32_t((words[column] & 0x7fffffff) != 0) << column;
     return bits;
+  }
+  WANDAPP_INLINE void clear_negative_zeros() {
+    for (int i = 0; i < kWords; ++i) words[i] &= ((words[i] & 0x7fffffff) + 0x7fffffff) | 0x7fffffff;
   }
   WANDAPP_INLINE void keep(unsigned mask) {
     for (int column = 0; column < 4; ++column) words[column] = mask >> column & 1 ? words[column] : 0;
@@ -116,14 +119,6 @@ struct Group<uint32_t> {
     kept[1] = second == 1 ? words[1] : second == 2 ? words[2] : words[3];
   }
 };
-
-// Eight groups at once: nibbles of a bitmask with exactly two bits set -> nibbles first | second << 2.
-//   first & 1  = !m0 & m1      first & 2  = !m0 & !m1
-//   second & 1 = m3 | m0 & m1  second & 2 = !(m0 & m1)
-WANDAPP_INLINE uint32_t pairs_of_masks(uint32_t masks) {
-  const uint32_t lowest = 0x11111111, m0 = masks & lowest, m1 = masks >> 1 & lowest, m3 = masks >> 3 & lowest;
-  return (~m0 & m1) | (~(m0 | m1) & lowest) << 1 | (m3 | (m0 & m1)) << 2 | (~(m0 & m1) & lowest) << 3;
-}
 
 // The metadata register of one lane of mma.sp.m16n8k32, from the bitmasks of 64 columns of two rows. `quad` is the lane's
 // place in its group of four. Of every 16 columns it takes group number `quad`:

@@ -10,8 +10,9 @@ const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaEr
 
 template <typename Word, Layout layout>
 static void launch(const CompressArguments& arguments, cudaStream_t stream) {
+  const auto kernel = arguments.wide ? compress24_kernel<Word, layout, true> : compress24_kernel<Word, layout, false>;
   const CompressGrid grid = compress_grid(arguments.rows, arguments.cols);
-  compress24_kernel<Word, layout><<<dim3(grid.x, grid.y), kCompressThreads, 0, stream>>>(arguments);
+  kernel<<<dim3(grid.x, grid.y), kCompressThreads, 0, stream>>>(arguments);
 }
 
 int compress24(uintptr_t weight, int64_t row_stride, uintptr_t keep, int64_t rows, int64_t cols, int dtype, int layout,

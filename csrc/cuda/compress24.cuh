@@ -7,7 +7,7 @@
 // pieces; written directly, every 2-byte word would cost a 32-byte memory sector.
 //
 // Bytes per thread and 16-bit weight: 32 read, 16 + 2 written. The budget of 8.8 instructions per byte (DRAM rate over
-// issue rate of an H100) leaves 440 for the 4 groups; they take about 120.
+// issue rate of an H100) leaves 440 for the 4 groups.
 #pragma once
 
 #include "group24.h"
@@ -53,14 +53,14 @@ inline CompressArguments compress_arguments(uintptr_t weight, int64_t row_stride
           reinterpret_cast<long long*>(offender),  wide};
 }
 
-template <typename Word>
+template <typename Word, bool wide>
 struct Chunk {
   Group<Word> groups[4];
 
   // The last chunk of a row may be short; what lies behind the row reads as zero.
-  __device__ __forceinline__ void load(const Word* row, int64_t column, int64_t cols, bool wide) {
+  __device__ __forceinline__ void load(const Word* row, int64_t column, int64_t cols) {
     constexpr int kPerGroup = Group<Word>::kWords, kWords = 4 * kPerGroup;
-    if (wide) {
+    if constexpr (wide) {
       // Neighbouring lanes are 32 bytes apart: the second load finds the other half of each sector in L1.
 #pragma unroll
       for (int i = 0; i < kWords; i += 4) {
@@ -69,54 +69,58 @@ struct Chunk {
 #pragma unroll
         for (int j = 0; j < 4; ++j) groups[(i + j) / kPerGroup].words[(i + j) % kPerGroup] = words[j];
       }
-      return;
-    }
-    constexpr int kPerWord = 4 / sizeof(Word);
+    } else {
+      constexpr int kPerWord = 4 / sizeof(Word);
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      uint32_t& word = groups[i / kPerGroup].words[i % kPerGroup];
-      word = 0;
+      for (int i = 0; i < kWords; ++i) {
+        uint32_t& word = groups[i / kPerGroup].words[i % kPerGroup];
+        word = 0;
 #pragma unroll
-      for (int j = 0; j < kPerWord; ++j)
-        if (column + i * kPerWord + j < cols) word |= uint32_t(row[column + i * kPerWord + j]) << 16 * j;
+        for (int j = 0; j < kPerWord; ++j)
+          if (column + i * kPerWord + j < cols) word |= uint32_t(row[column + i * kPerWord + j]) << 16 * j;
+      }
     }
   }
 };
 
-template <typename Word>
-__device__ __forceinline__ void store_kept(const uint32_t* kept, Word* row, int64_t column, int64_t cols, bool wide) {
+template <typename Word, bool wide>
+__device__ __forceinline__ void store_kept(const uint32_t* kept, Word* row, int64_t column, int64_t cols) {
   constexpr int kWords = 4 * Group<Word>::kKeptWords, kPerWord = 4 / sizeof(Word);
-  if (wide) {
+  if constexpr (wide) {
 #pragma unroll
     for (int i = 0; i < kWords; i += 4)
-      reinterpret_cast<uint4*>(row + column / 2)[i / 4] = make_uint4(kept[i], kept[i + 1], kept[i + 2], kept[i + 3]);
-    return;
+      store_vector(reinterpret_cast<uint4*>(row + column / 2) + i / 4,
+                   make_uint4(kept[i], kept[i + 1], kept[i + 2], kept[i + 3]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+#pragma unroll
+      for (int j = 0; j < kPerWord; ++j)
+        if (column / 2 + i * kPerWord + j < cols / 2) row[column / 2 + i * kPerWord + j] = Word(kept[i] >> 16 * j);
   }
-#pragma unroll
-  for (int i = 0; i < kWords; ++i)
-#pragma unroll
-    for (int j = 0; j < kPerWord; ++j)
-      if (column / 2 + i * kPerWord + j < cols / 2) row[column / 2 + i * kPerWord + j] = Word(kept[i] >> 16 * j);
 }
 
-__device__ __forceinline__ unsigned load_bits(const uint8_t* row, int64_t column, int64_t cols, bool wide) {
-  if (wide) return *reinterpret_cast<const uint16_t*>(row + column / 8);
-  return row[column / 8] | (column + 8 < cols ? unsigned(row[column / 8 + 1]) << 8 : 0);
+template <bool wide>
+__device__ __forceinline__ unsigned load_bits(const uint8_t* row, int64_t column, int64_t cols) {
+  if constexpr (wide)
+    return *reinterpret_cast<const uint16_t*>(row + column / 8);
+  else
+    return row[column / 8] | (column + 8 < cols ? unsigned(row[column / 8 + 1]) << 8 : 0);
 }
 
-__device__ __forceinline__ void store_bits(unsigned bits, uint8_t* row, int64_t column, int64_t cols, bool wide) {
-  if (wide) {
+template <bool wide>
+__device__ __forceinline__ void store_bits(unsigned bits, uint8_t* row, int64_t column, int64_t cols) {
+  if constexpr (wide) {
     *reinterpret_cast<uint16_t*>(row + column / 8) = uint16_t(bits);
-    return;
+  } else {
+    row[column / 8] = uint8_t(bits);
+    if (column + 8 < cols) row[column / 8 + 1] = uint8_t(bits >> 8);
   }
-  row[column / 8] = uint8_t(bits);
-  if (column + 8 < cols) row[column / 8 + 1] = uint8_t(bits >> 8);
 }
 
-template <typename Word, Layout layout>
+template <typename Word, Layout layout, bool wide>
 __global__ void __launch_bounds__(kCompressThreads) compress24_kernel(CompressArguments arguments) {
   constexpr bool kNeutral = layout == Layout::kNeutral;
-  constexpr ZeroFill kFill = kNeutral ? ZeroFill::kLowestZeros : ZeroFill::kTorch;
   alignas(16) __shared__ uint16_t tiles[kNeutral ? 8 : kTileRows * kTileChunks];
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -124,17 +128,16 @@ __global__ void __launch_bounds__(kCompressThreads) compress24_kernel(CompressAr
   const int64_t first_row = int64_t(blockIdx.y) * kTileRows;
   const int64_t column = (int64_t(blockIdx.x) * kTileChunks + lane) * kChunk;
   const Word* weight = static_cast<const Word*>(arguments.weight);
-  const bool wide = arguments.wide;
 
   // All loads of the thread first, so that they wait for memory together.
-  Chunk<Word> chunks[kRowsPerThread];
+  Chunk<Word, wide> chunks[kRowsPerThread];
   unsigned keep[kRowsPerThread];
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
     const int64_t row = first_row + warp + i * (kCompressThreads / 32);
     if (row >= rows || column >= cols) continue;
-    chunks[i].load(weight + row * arguments.row_stride, column, cols, wide);
-    keep[i] = arguments.keep ? load_bits(arguments.keep + row * arguments.keep_pitch, column, cols, wide) : 0xffff;
+    chunks[i].load(weight + row * arguments.row_stride, column, cols);
+    keep[i] = arguments.keep ? load_bits<wide>(arguments.keep + row * arguments.keep_pitch, column, cols) : 0xffff;
   }
 
 #pragma unroll
@@ -142,25 +145,25 @@ __global__ void __launch_bounds__(kCompressThreads) compress24_kernel(CompressAr
     const int tile_row = warp + i * (kCompressThreads / 32);
     const int64_t row = first_row + tile_row;
     if (row >= rows || column >= cols) continue;
-    uint32_t kept[4 * Group<Word>::kKeptWords];
-    unsigned bits = 0;  // of the bitmask or the metadata, 4 per group
+    Group<Word>* groups = chunks[i].groups;
+    uint32_t nonzero = 0;  // 4 bits per group
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      Group<Word>& group = chunks[i].groups[j];
-      if (arguments.keep) group.keep(keep[i] >> 4 * j);
-      const unsigned nonzero = group.nonzero();
-      if (kNeutral) group.keep(nonzero);  // -0.0 becomes +0.0
-      if (too_many(nonzero)) atomicMin(arguments.offender, (long long)(row * cols + column + 4 * j));
-      const unsigned pair = kept_pair<kFill>(nonzero);
-      group.gather(pair, kept + j * Group<Word>::kKeptWords);
-      const bool exists = wide || column + 4 * j < cols;
-      bits |= (kNeutral ? (exists ? mask_of_pair(pair) : 0) : pair) << 4 * j;
+      if (arguments.keep) groups[j].keep(keep[i] >> 4 * j);
+      if (kNeutral) groups[j].clear_negative_zeros();
+      nonzero |= groups[j].nonzero() << 4 * j;
     }
-    store_kept(kept, static_cast<Word*>(arguments.values) + row * (cols / 2), column, cols, wide);
+    if (const uint32_t crowded = too_many(nonzero))
+      atomicMin(arguments.offender, (long long)(row * cols + column + (__ffs(crowded) - 1)));
+    const uint32_t masks = neutral_masks(nonzero), pairs = kNeutral ? pairs_of_masks(masks) : torch_pairs(nonzero);
+    uint32_t kept[4 * Group<Word>::kKeptWords];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) groups[j].gather(pairs >> 4 * j & 15, kept + j * Group<Word>::kKeptWords);
+    store_kept<Word, wide>(kept, static_cast<Word*>(arguments.values) + row * (cols / 2), column, cols);
     if (kNeutral)
-      store_bits(bits, static_cast<uint8_t*>(arguments.metadata) + row * ((cols + 7) / 8), column, cols, wide);
+      store_bits<wide>(wide || column + kChunk <= cols ? masks : masks & ((1u << (cols - column)) - 1), static_cast<uint8_t*>(arguments.metadata) + row * ((cols + 7) / 8), column, cols);
     else
-      tiles[lane / 2 * 64 + metadata_offset_in_tile(tile_row, lane % 2)] = uint16_t(bits);
+      tiles[lane / 2 * 64 + metadata_offset_in_tile(tile_row, lane % 2)] = uint16_t(pairs);
   }
   if (kNeutral) return;
 

@@ -21,6 +21,11 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* address) {
   return v;
 }
 
+// Left to itself the compiler at times splits a 16-byte store in four.
+__device__ __forceinline__ void store_vector(uint4* address, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 struct BFloat16 {
   static constexpr bool kIsBFloat16 = true;
   static __device__ __forceinline__ float to_float(uint16_t bits) { return __bfloat162float(__ushort_as_bfloat16(bits)); }

@@ -11,7 +11,8 @@ using namespace wandapp;
 template <typename Word, Layout layout>
 static void run_compress(const CompressArguments& arguments) {
   const CompressGrid grid = compress_grid(arguments.rows, arguments.cols);
-  fibers::launch(compress24_kernel<Word, layout>, {grid.x, grid.y}, kCompressThreads, arguments);
+  const auto kernel = arguments.wide ? compress24_kernel<Word, layout, true> : compress24_kernel<Word, layout, false>;
+  fibers::launch(kernel, {grid.x, grid.y}, kCompressThreads, arguments);
 }
 
 static void compress24(uintptr_t weight, int64_t row_stride, uintptr_t keep, int64_t rows, int64_t cols, int dtype,
@@ -52,9 +53,9 @@ static void sparse_linear24(uintptr_t x, uintptr_t values, uintptr_t bitmask, ui
 PYBIND11_MODULE(cuda_on_cpu, module) {
   module.def("compress24", compress24);
   module.def("sparse_linear24", sparse_linear24);
-  module.def("kept_pair", [](unsigned nonzero, bool torch) {
-    return torch ? kept_pair<ZeroFill::kTorch>(nonzero) : kept_pair<ZeroFill::kLowestZeros>(nonzero);
-  });
+  module.def("torch_pairs", torch_pairs);
+  module.def("neutral_masks", neutral_masks);
+  module.def("too_many", too_many);
   module.def("pairs_of_masks", pairs_of_masks);
   module.def("float16_bits", Float16::from_float);
   module.def("float16_value", Float16::to_float);

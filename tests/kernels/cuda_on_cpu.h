@@ -44,6 +44,8 @@ T __ldg(const T* address) {
   return value;
 }
 
+inline int __ffs(uint32_t word) { return __builtin_ffs(int(word)); }
+
 inline long long atomicMin(long long* address, long long value) {
   const long long old = *address;
   if (value < old) *address = value;
@@ -138,6 +140,11 @@ inline void __syncthreads() { fibers::wait(fibers::block, int(fibers::all.size()
 namespace wandapp {
 
 inline uint4 load_streaming(const uint4* address) { return __ldg(address); }
+
+inline void store_vector(uint4* address, uint4 value) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof value) throw std::runtime_error("misaligned store");
+  std::memcpy(address, &value, sizeof value);
+}
 
 struct BFloat16 {
   static float to_float(uint16_t bits) {

@@ -85,18 +85,24 @@ def assert_neutral(cuda, weight):
 def test_every_pattern_gets_the_pair_of_torchs_converter_and_of_the_neutral_form(cuda):
     for nonzero in [mask for mask in range(16) if mask.bit_count() <= 2]:
         dense = torch.tensor([nonzero >> column & 1 for column in range(4)]).half().repeat(32, 16)
-        expected = int(sparse_semi_structured_from_dense_cutlass(dense)[1][0, 0]) & 15
-        assert cuda.kept_pair(nonzero, True) == expected
-        pair = cuda.kept_pair(nonzero, False)
-        _, bitmask, _, _ = pack_reference(dense, n=2, m=4)
-        assert (1 << (pair & 3) | 1 << (pair >> 2)) == int(bitmask[0, 0]) & 15
+        assert cuda.torch_pairs(nonzero) & 15 == int(sparse_semi_structured_from_dense_cutlass(dense)[1][0, 0]) & 15
+        assert cuda.neutral_masks(nonzero) & 15 == int(pack_reference(dense, n=2, m=4)[1][0, 0]) & 15
 
 
-def test_eight_masks_at_once_become_pairs(cuda):
-    masks = [mask for mask in range(16) if mask.bit_count() == 2]
-    for eight in itertools.islice(itertools.product(masks, repeat=8), 0, None, 12347):
+def test_eight_groups_at_once_do_not_touch_each_other(cuda):
+    alone = {mask: (cuda.torch_pairs(mask) & 15, cuda.neutral_masks(mask) & 15) for mask in range(16)}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        eight = torch.randint(16, (8,), generator=generator).tolist()
         word = sum(mask << 4 * i for i, mask in enumerate(eight))
-        assert cuda.pairs_of_masks(word) == sum(cuda.kept_pair(mask, False) << 4 * i for i, mask in enumerate(eight))
+        assert cuda.torch_pairs(word) == sum(alone[mask][0] << 4 * i for i, mask in enumerate(eight))
+        assert cuda.neutral_masks(word) == sum(alone[mask][1] << 4 * i for i, mask in enumerate(eight))
+        assert cuda.too_many(word) == sum((mask.bit_count() > 2) << 4 * i for i, mask in enumerate(eight))
+
+
+def test_a_mask_of_two_becomes_its_columns(cuda):
+    for first, second in itertools.combinations(range(4), 2):
+        assert cuda.pairs_of_masks((1 << first | 1 << second) * 0x11111111) == (first | second << 2) * 0x11111111
 
 
 @pytest.mark.parametrize("dtype", DTYPE_CODES)
