@@ -1,0 +1,291 @@
+"""Roofline of every GPU kernel without a GPU: compile for sm_90 (or sm_80), read registers, spills and instructions.
+
+A streaming kernel reaches the memory's bandwidth when it spends fewer thread-instructions per byte than an SM can issue
+in the time that byte takes: an H100 SM issues 4 warp instructions a cycle (128 threads) and receives 3.35 TB/s / 132
+/ 1.755 GHz = 14.5 bytes a cycle, so 8.8 thread-instructions per byte. Loops are weighted by their trip counts; what a
+forward branch skips and holds no loop is the rare path (it names a NaN) and is left out.
+
+    python benchmarks/static_roofline.py [--arch 80|90] [--json]
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from wandapp.kernels.column_sumsq import triton_impl as column_sumsq
+from wandapp.kernels.compensate import triton_impl as compensate
+from wandapp.kernels.pack import triton_impl as pack
+from wandapp.kernels.select import triton_impl as select
+from wandapp.kernels.sparse_linear import triton_impl as sparse_linear
+
+INSTRUCTIONS_PER_BYTE = 8.8
+BYTES_IN_FLIGHT = 16_500  # 3.35 TB/s * 650 ns / 132 SMs: what each SM must have asked for
+REGISTERS, SHARED_BYTES, THREADS, PROGRAMS = 65536, 228 * 1024, 2048, 32  # of one SM
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Case:
+    """One kernel at one shape. `weights`: elements one program handles; bytes are per element, at the memory."""
+
+    name: str
+    kernel: object
+    pointers: dict  # argument -> Triton type; arguments in neither dict are int32
+    constants: dict
+    weights: int
+    bytes_minimum: float
+    bytes_moved: float
+    trips: tuple = ()  # of the loops, in the order of their addresses
+    warps: int = 4
+    stages: int = 3
+    fusion: bool = False
+    undivisible: tuple = ()
+    bytes_asked: int = 0  # loads a program has in flight at once
+    streams: bool = True  # False: bound by arithmetic, no limit on instructions
+
+
+@dataclass
+class Report:
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    programs_per_sm: int
+    load_bits: dict = field(default_factory=dict)
+    store_bits: dict = field(default_factory=dict)
+    instructions_per_byte: float = 0.0
+    bytes_ratio: float = 1.0
+    bandwidth_fraction: float = 0.0
+
+
+def cases() -> list[Case]:
+    return [*statistics_cases(), *select_cases(), *pack_cases(), *decode_cases()]
+
+
+def statistics_cases() -> list[Case]:
+    tile = column_sumsq.sumsq_tile(4096, 2)
+    tokens, features = column_sumsq.TOKENS_PER_PROGRAM, tile["BLOCK_FEATURES"]
+    moved = 2 + 8 / tokens  # the partial sums are written and read once
+    sumsq = Case(
+        "column_sumsq bf16", column_sumsq._column_sumsq_kernel, {"x_ptr": "*bf16", "partial_ptr": "*fp32"},
+        {"TOKENS": tokens, **tile}, tokens * features, 2, moved, trips=(tokens // tile["BLOCK_TOKENS"],), fusion=True,
+        undivisible=("tokens",), bytes_asked=tile["BLOCK_TOKENS"] * features * 2,
+    )  # fmt: skip
+    pointers = {"weight_ptr": "*fp32", "factor_ptr": "*fp32", "used_ptr": "*u8", "error_ptr": "*fp32"}
+    block = Case(
+        "compensate 2:4 fp32", compensate._compensate_block_kernel, {**pointers, "offender_ptr": "*i64"},
+        {"mask_ptr": None, "N": 2, "M": 4, "BLOCK_ROWS": compensate.BLOCK_ROWS, "BLOCK_COLS": 128},
+        compensate.BLOCK_ROWS * 128, 13, 13, trips=(128, 4), bytes_asked=compensate.BLOCK_ROWS * 512, streams=False,
+    )  # fmt: skip
+    return [sumsq, block]
+
+
+def select_cases() -> list[Case]:
+    found = []
+    for n, m, terms, prune in [(2, 4, "s", 1), (4, 8, "s", 1), (8, 16, "s", 1), (2, 4, "sg", 1), (2, 4, "s", 0)]:
+        tile = select.nm_tile(4096, m, 2)
+        weights = tile["BLOCK_ROWS"] * tile["BLOCK_GROUPS"] * m
+        moved = 2 + (2 + 1 / 8 if prune else 1) + (4 if "g" in terms else 0) + 4 / 4096  # column_scale: once a matrix
+        pointers = select_pointers(terms, "*i16" if prune and m == 16 else "*u8")
+        constants = {"N": n, "M": m, "PRUNE": bool(prune), "BITS": bool(prune), **no_gradient(terms), **tile}
+        name = f"{'prune_nm_' if prune else 'select_nm'} {n}:{m} bf16{' gradient' if 'g' in terms else ''}"
+        kernel = select._select_nm_kernel
+        found.append(Case(name, kernel, pointers, constants, weights, moved, moved, bytes_asked=weights * 2))
+    for cols, steps in [(4096, 12), (11008, 13)]:  # steps of the search: measured on normal weights, log-normal scales
+        tile = select.row_tile(cols, 2)
+        warps = tile.pop("num_warps")
+        constants = {"KEY_SHIFT": 0, "PRUNE": True, **no_gradient("s"), **tile}
+        found.append(
+            Case(
+                f"prune_rows_ {cols} bf16", select._select_rows_kernel, select_pointers("s", "*u8"), constants, cols,
+                4.125, 4.125 + 4 / 4096, trips=(steps, 0), warps=warps, undivisible=("keep",), bytes_asked=cols * 2,
+            )
+        )  # fmt: skip
+    return found
+
+
+def select_pointers(terms: str, output: str) -> dict:
+    pointers = {"weight_ptr": "*bf16", "column_scale_ptr": "*fp32", "output_ptr": output, "offender_ptr": "*i64"}
+    return {**pointers, "alpha": "fp32", **({"gradient_ptr": "*fp32"} if "g" in terms else {})}
+
+
+def no_gradient(terms: str) -> dict:
+    return {} if "g" in terms else {"gradient_ptr": None}
+
+
+def pack_cases() -> list[Case]:
+    found = []
+    for n, m in [(2, 4), (4, 8)]:
+        tile = pack.pack_tile(4096, m, 2)
+        weights = tile["BLOCK_ROWS"] * tile["BLOCK_GROUPS"] * m
+        pointers = {"weight_ptr": "*bf16", "values_ptr": "*bf16", "output_ptr": "*u8", "offender_ptr": "*i64"}
+        constants = {"N": n, "M": m, "BITS": True, **tile}
+        moved = 2 + 2 * n / m + 1 / 8
+        kernel = pack._pack_nm_kernel
+        found.append(
+            Case(f"pack {n}:{m} bf16", kernel, pointers, constants, weights, moved, moved, bytes_asked=weights * 2)
+        )
+    return found
+
+
+def decode_cases() -> list[Case]:
+    found = []
+    for tokens, rows, cols in [(1, 4096, 4096), (8, 11008, 4096), (16, 4096, 11008)]:
+        config = sparse_linear.decode_24_config(tokens, rows, cols)
+        stages, splits = config.pop("num_stages"), config["SPLITS"]
+        quarters = sparse_linear.QUARTERS
+        steps = -(-cols // (quarters * config["BLOCK_COLS"])) // splits
+        least = 1.125 + 2 * tokens * (rows + cols) / rows / cols
+        constants = {"bias_ptr": None, "WORD_COLS": 32, "TOKENS": 8 if tokens <= 8 else 16, "QUARTERS": quarters}
+        pointers = {"x_ptr": "*bf16", "values_ptr": "*bf16", "bitmask_ptr": "*i32", "y_ptr": "*bf16"}
+        in_step = config["BLOCK_ROWS"] * config["BLOCK_COLS"] * quarters
+        found.append(
+            Case(
+                f"sparse_linear 2:4 bf16 {tokens} x {cols} -> {rows}", sparse_linear._decode_24_kernel, pointers,
+                {**constants, "WIDEN": False, **config}, config["BLOCK_ROWS"] * cols // splits, least,
+                least + (8 * tokens * splits / cols if splits > 1 else 0), trips=(steps,), stages=stages,
+                fusion=True, undivisible=("tokens",), bytes_asked=int(in_step * 1.125 * (stages - 1)),
+            )
+        )  # fmt: skip
+    constants = {"bias_ptr": None, "BLOCK_ROWS": 4, "BLOCK_COLS": 256, "BLOCK_TOKENS": 1}
+    pointers = {"x_ptr": "*bf16", "values_ptr": "*bf16", "bitmask_ptr": "*u8", "row_offsets_ptr": "*i64"}
+    found.append(
+        Case(
+            "sparse_linear 50% bf16 1 x 4096 -> 4096", sparse_linear._decode_gather_kernel, {**pointers, "y_ptr": "*bf16"},
+            constants, 4 * 4096, 1.125, 1.127, trips=(16,), fusion=True, undivisible=("tokens", "values_per_row"),
+            bytes_asked=4 * 256,
+        )
+    )  # fmt: skip
+    return found
+
+
+def analyse(case: Case, arch: int = 90) -> Report:
+    """Compiles one case and reads its machine code."""
+    types = {name: case.pointers.get(name, "i32") for name in case.kernel.arg_names}
+    types |= dict.fromkeys(case.constants, "constexpr")
+    aligned = [i for i, name in enumerate(types) if types[name] == "i32" or types[name].startswith("*")]
+    undivisible = [list(types).index(name) for name in case.undivisible]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if i not in undivisible}
+    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": case.fusion}
+    compiled = triton.compile(
+        ASTSource(case.kernel, signature=types, constexprs=case.constants, attrs=attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options=options,
+    )
+    code, usage = disassemble(compiled.asm["cubin"])
+    report = read_usage(case.name, usage, compiled.metadata.shared, case.warps)
+    return rate(report, case, code)
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """SASS and resource usage of a cubin, by the tools in Triton's wheel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = lambda *options: (
+            subprocess.run(  # noqa: E731
+                [TOOLS / "cuobjdump", *options, file.name], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        return run("-sass"), run("--dump-resource-usage")
+
+
+def read_usage(name: str, usage: str, shared: int, warps: int) -> Report:
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    by_shared = SHARED_BYTES // (shared + 1024)
+    programs = min(by_registers, by_shared, THREADS // (32 * warps), PROGRAMS)
+    return Report(name, registers, stack, shared, programs)
+
+
+def instructions(code: str) -> list[tuple[int, str, str]]:
+    """(address, mnemonic, operands) of every instruction; NOPs and the endless loop behind EXIT are dropped."""
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);"
+    found = [(int(address, 16), name, rest) for address, name, rest in re.findall(pattern, code)]
+    return [entry for entry in found if entry[1] != "NOP"]
+
+
+def weighted(code: str, trips: tuple) -> float:
+    """Instructions one thread executes."""
+    listing = instructions(code)
+    jumps = [(at, int(re.search(r"0x([0-9a-f]+)", rest)[1], 16)) for at, name, rest in listing if name == "BRA"]
+    loops = sorted((target, at) for at, target in jumps if target < at)
+    skipped = [(at, to) for at, to in jumps if to > at and not any(at < first and last < to for first, last in loops)]
+    counts = {loop: trip for loop, trip in zip(loops, [*trips, *[1] * len(loops)], strict=False)}
+    total = 0.0
+    for at, _, _ in listing:
+        if any(start < at < end for start, end in skipped):
+            continue
+        weight = 1.0
+        for (first, last), trip in counts.items():
+            weight *= trip if first <= at <= last else 1
+        total += weight
+    return total
+
+
+def rate(report: Report, case: Case, code: str) -> Report:
+    for _, name, _ in instructions(code):
+        if name.startswith(("LDG", "STG")):
+            bits = re.search(r"\.(128|64|U16|S16|U8|S8)(?:\.|$)", name)
+            widths = report.load_bits if name.startswith("LDG") else report.store_bits
+            if "DEPBAR" not in name:
+                width = int(re.sub(r"\D", "", bits[1])) if bits else 32
+                widths[width] = widths.get(width, 0) + 1
+    bytes_per_thread = case.weights * case.bytes_moved / (32 * case.warps)
+    report.instructions_per_byte = round(weighted(code, case.trips) / bytes_per_thread, 2)
+    report.bytes_ratio = round(case.bytes_moved / case.bytes_minimum, 3)
+    in_flight = report.programs_per_sm * case.bytes_asked
+    fraction = min(1.0, INSTRUCTIONS_PER_BYTE / report.instructions_per_byte, in_flight / BYTES_IN_FLIGHT)
+    report.bandwidth_fraction = round(fraction / report.bytes_ratio, 2)
+    return report
+
+
+def cuda_reports(arch: int = 90) -> list[str]:
+    """One line per CUDA kernel: registers, spills, shared memory, from nvcc's cubins; empty without nvcc."""
+    nvcc = shutil.which("nvcc")
+    lines = []
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if nvcc else []:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder) / "kernel.cubin"
+            flags = ["-O3", "-std=c++17", "--fmad=false", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}"]
+            subprocess.run([nvcc, "-cubin", *flags, "-o", cubin, source], check=True, capture_output=True)
+            _, usage = disassemble(cubin.read_bytes())
+        for name, registers, stack, shared in re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
+        ):
+            lines.append(f"{source.name:20} {name[:60]:60} reg {registers:>3} spill {stack:>4} shared {shared:>6}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Static roofline of the GPU kernels; needs no GPU.")
+    parser.add_argument("--arch", type=int, choices=(80, 90), default=90)
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
+    options = parser.parse_args()
+    reports = [analyse(case, options.arch) for case in cases()]
+    if not options.json:
+        print(
+            f"triton {triton.__version__}, sm_{options.arch}; limit {INSTRUCTIONS_PER_BYTE} thread-instructions a byte"
+        )
+        print(f"{'kernel':40} reg spill shared prog/SM instr/B bytes/min of peak  loads, stores (bits: count)")
+        for r in reports:
+            print(
+                f"{r.name:40} {r.registers:3} {r.spill_bytes:5} {r.shared_bytes:6} {r.programs_per_sm:7} "
+                f"{r.instructions_per_byte:7} {r.bytes_ratio:9} {r.bandwidth_fraction:7}  {r.load_bits} {r.store_bits}"
+            )
+        print("\n".join(cuda_reports(options.arch)) or "no nvcc or no .cu files: CUDA kernels left out")
+    print(json.dumps({"triton": triton.__version__, "arch": options.arch, "kernels": [asdict(r) for r in reports]}))
+
+
+if __name__ == "__main__":
+    main()
