@@ -66,6 +66,11 @@ struct LinearArgs {
   void* y;
 };
 
+// v = decay v + (1 - decay) g^2;  w -= lr g / (sqrt(v) + epsilon)
+struct RmspropRates {
+  float lr, decay, epsilon;
+};
+
 struct Kernels {
   void (*column_sumsq)(const void* x, Dtype, int64_t batches, int64_t tokens, int64_t features, int64_t batch_stride,
                        int64_t token_stride, float* out, int threads);
@@ -82,6 +87,7 @@ struct Kernels {
   void (*sparse_linear)(const PackedWeight&, const LinearArgs&, int threads);
   // The same product on a dense row-major weight: what benchmarks compare with.
   void (*dense_linear)(const void* weight, Dtype, int64_t rows, int64_t cols, const LinearArgs&, int threads);
+  void (*rmsprop)(float* weight, const void* gradient, Dtype, float* mean_square, int64_t count, RmspropRates, int threads);
 };
 
 extern const Kernels portable_kernels;

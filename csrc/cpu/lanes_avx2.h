@@ -36,6 +36,7 @@ struct Avx2 {
   static Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
   static Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
   static Floats div(Floats a, Floats b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+  static Floats sqrt(Floats a) { return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)}; }
   static Floats add_product(Floats sum, Floats a, Floats b) {
     return {_mm256_fmadd_ps(a.low, b.low, sum.low), _mm256_fmadd_ps(a.high, b.high, sum.high)};
   }
@@ -61,6 +62,10 @@ struct Avx2 {
     low.high = expand8<guarded>(values, mask >> 8 & 255);
     high.low = expand8<guarded>(values, mask >> 16 & 255);
     high.high = expand8<guarded>(values, mask >> 24);
+  }
+  template <class T>
+  static void spread16(const T* values, uint32_t mask, T* to) {
+    Portable::spread16(values, mask, to);
   }
 
   static Bits magnitude(Floats a) {

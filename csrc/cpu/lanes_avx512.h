@@ -19,6 +19,7 @@ struct Avx512 {
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  static Floats sqrt(Floats a) { return _mm512_sqrt_ps(a); }
   static Floats add_product(Floats sum, Floats a, Floats b) { return _mm512_fmadd_ps(a, b, sum); }
   static float total(Floats a) { return _mm512_reduce_add_ps(a); }
   static Floats only(Floats a, uint32_t keep) { return _mm512_maskz_mov_ps(__mmask16(keep), a); }
@@ -33,6 +34,14 @@ struct Avx512 {
     const int count = __builtin_popcount(mask & 0xffff);
     low = expand16<guarded>(values, mask & 0xffff);
     high = expand16<guarded>(values + count, mask >> 16);
+  }
+  static void spread16(const float* values, uint32_t mask, float* to) {
+    _mm512_storeu_ps(to, _mm512_maskz_expand_ps(__mmask16(mask), load(values)));
+  }
+  template <class T>
+  static void spread16(const T* values, uint32_t mask, T* to) {
+    const __m512i columns = _mm512_maskz_expand_epi32(__mmask16(mask), _mm512_cvtepu16_epi32(load_16bit(values)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(columns));
   }
 
   static Bits magnitude(Floats a) {

@@ -41,6 +41,10 @@ struct Portable {
     for (int i = 0; i < 16; i++) a.at[i] /= b.at[i];
     return a;
   }
+  static Floats sqrt(Floats a) {
+    for (int i = 0; i < 16; i++) a.at[i] = std::sqrt(a.at[i]);
+    return a;
+  }
   // sum + a * b; rounded once where the instruction set has that.
   static Floats add_product(Floats sum, Floats a, Floats b) { return add(sum, mul(a, b)); }
   static float total(Floats a) {
@@ -68,6 +72,13 @@ struct Portable {
   static void expand(const T* values, uint32_t mask, Floats& low, Floats& high) {
     for (int i = 0; i < 16; i++) low.at[i] = mask >> i & 1 ? widen(*values++) : 0;
     for (int i = 0; i < 16; i++) high.at[i] = mask >> (16 + i) & 1 ? widen(*values++) : 0;
+  }
+
+  // The next values go to the places of the mask's 16 bits, zeros to the others. Wider lanes may read 16 values.
+  template <class T>
+  static void spread16(const T* values, uint32_t mask, T* to) {
+    std::fill_n(to, 16, T{});
+    for (; mask; mask &= mask - 1) to[__builtin_ctz(mask)] = *values++;
   }
 
   // The bits of |a|.

@@ -117,21 +117,30 @@ void pack_nonzeros_of(const PackArgs& args, const int64_t* row_offsets, int thre
   });
 }
 
-// Rows [first_row, end_row) of a packed weight, dense, to `out` [end_row - first_row, cols].
-template <class T>
+// One row, dense. Sixteen columns at a time while so many values follow that a full load stays inside them.
+template <class Lanes, class T>
+void unpack_row(const T* values, const T* end_of_values, const uint8_t* row_mask, int64_t cols, T* row) {
+  int64_t c = 0;
+  for (; c + 16 <= cols && end_of_values - values >= 16; c += 16) {
+    uint16_t mask;
+    std::memcpy(&mask, row_mask + c / 8, 2);
+    Lanes::spread16(values, mask, row + c);
+    values += count_bits(mask);
+  }
+  for (; c < cols; c++) row[c] = row_mask[c / 8] >> c % 8 & 1 ? *values++ : T{};
+}
+
+// Rows [first_row, end_row) of a packed weight to `out` [end_row - first_row, cols].
+template <class Lanes, class T>
 void unpack_of(const PackedWeight& packed, int64_t first_row, int64_t end_row, T* out, int threads) {
   const int64_t rows = end_row - first_row;
+  const T* all_values = static_cast<const T*>(packed.values);
+  const T* end_of_values = all_values + packed.row_begin(packed.rows);
   parallel((rows + kPackRows - 1) / kPackRows, threads, [&](int64_t task) {
     for (int64_t i = task * kPackRows; i < std::min((task + 1) * kPackRows, rows); i++) {
-      const T* values = static_cast<const T*>(packed.values) + packed.row_begin(first_row + i);
       const uint8_t* row_mask = packed.bitmask + (first_row + i) * ((packed.cols + 7) / 8);
-      T* row = out + i * packed.cols;
-      std::fill_n(row, packed.cols, T{});
-      for (int64_t c = 0; c < packed.cols; c += 32) {
-        for (uint32_t mask = mask_at(row_mask, c, packed.cols); mask; mask &= mask - 1) {
-          row[c + __builtin_ctz(mask)] = *values++;
-        }
-      }
+      unpack_row<Lanes>(all_values + packed.row_begin(first_row + i), end_of_values, row_mask, packed.cols,
+                        out + i * packed.cols);
     }
   });
 }
@@ -165,8 +174,8 @@ void pack_nonzeros(const PackArgs& args, const int64_t* row_offsets, int threads
 
 template <class Lanes>
 void unpack(const PackedWeight& packed, int64_t first_row, int64_t end_row, void* out, int threads) {
-  if (packed.dtype == kFloat32) return unpack_of(packed, first_row, end_row, static_cast<float*>(out), threads);
-  return unpack_of(packed, first_row, end_row, static_cast<Half*>(out), threads);  // 16 bits are 16 bits
+  if (packed.dtype == kFloat32) return unpack_of<Lanes>(packed, first_row, end_row, static_cast<float*>(out), threads);
+  return unpack_of<Lanes>(packed, first_row, end_row, static_cast<Half*>(out), threads);  // 16 bits are 16 bits
 }
 
 }  // namespace

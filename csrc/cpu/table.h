@@ -7,6 +7,7 @@
 //
 #include "cpu/compensate.h"
 #include "cpu/pack.h"
+#include "cpu/rmsprop.h"
 //
 #include "cpu/sparse_linear.h"
 
@@ -17,7 +18,7 @@ template <class Lanes>
 constexpr Kernels table_of() {
   return {column_sumsq<Lanes>,   select_nm<Lanes>,     select_rows<Lanes>, compensate_block<Lanes>,
           pack_nm<Lanes>,        count_nonzeros<Lanes>, pack_nonzeros<Lanes>, unpack<Lanes>,
-          sparse_linear<Lanes>,  dense_linear<Lanes>};
+          sparse_linear<Lanes>,  dense_linear<Lanes>,  rmsprop<Lanes>};
 }
 
 }  // namespace
