@@ -30,6 +30,8 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]  # the linear maps of LLaMA-7B
+LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
+CALIBRATION = (128, 2048)  # samples, tokens
 DEVICE = "cuda"
 ROTATED_BYTES = 256 * 2**20
 SECTIONS: dict[str, Callable] = {}
@@ -65,18 +67,23 @@ class Bench:
         self.check_seconds, self.deadline = check_seconds, math.inf
         self.copy_gb_s = self.matmul_tflops = math.nan
 
+    def attempt(self, name: str, function: Callable):
+        """What `function` returns; None when it fails, which is noted, printed, and costs nothing else."""
+        try:
+            result = function()
+            torch.cuda.synchronize()
+            return result
+        except Exception:  # the one place: a library or GPU that lacks an operation is a result, too
+            self.failures[name] = traceback.format_exc()
+            print(f"FAIL {name}\n{self.failures[name][-3000:]}", flush=True)
+
     def check(self, name: str, function: Callable) -> None:
-        """Runs one correctness check; a failure is noted and the next check runs. Out of time, it only counts."""
+        """Runs one correctness check. Out of time, it only counts."""
         if time.perf_counter() > self.deadline:
             self.skipped += 1
-            return
-        self.checks += 1
-        try:
-            function()
-            torch.cuda.synchronize()
-        except Exception:  # the one place: whatever goes wrong in a check is the result of that check
-            self.failures[name] = traceback.format_exc()
-            print(f"FAIL {name}\n{self.failures[name]}", flush=True)
+        else:
+            self.checks += 1
+            self.attempt(name, function)
 
     def time(
         self, name, shape, calls, *, bytes_moved=None, flops=None, baseline=None, target=None, note="", **how
@@ -87,11 +94,8 @@ class Bench:
         baseline  (label, timing or None) to give the speedup over
         target    ("copy" or the baseline's label, the ratio to reach)
         """
-        try:
-            timing = measure(calls() if callable(calls) else calls, **how)
-        except Exception:  # an operation this machine or library version lacks is a result, too
-            self.failures[f"{name} {shape}"] = traceback.format_exc()
-            print(f"FAIL {name} {shape}\n{self.failures[f'{name} {shape}'][-2000:]}", flush=True)
+        timing = self.attempt(f"{name} {shape}", lambda: measure(calls() if callable(calls) else calls, **how))
+        if timing is None:
             return None
         row = {"kernel": name, "shape": shape, **timing, "note": note}
         if bytes_moved:
@@ -470,13 +474,13 @@ def packing(bench: Bench) -> None:
         convert = over(weights[:2], sparse_semi_structured_from_dense_cutlass)
         bench.time("torch's CUTLASS converter", shape, convert, bytes_moved=moved, repeats=5)
         if "cuda" in backends("pack"):
-            from wandapp.kernels.pack.cuda import compress24
+            from wandapp.kernels.pack.cuda import NO_OFFENDER, compress24
 
-            goal = ("copy", 0.8)
+            goal, found = ("copy", 0.8), torch.full((), NO_OFFENDER, device=DEVICE)
             for layout in ("neutral", "cutlass", "cusparselt"):
-                calls = over(weights, compress24, layout=layout)
+                calls = over(weights, compress24, layout=layout, offender=found)
                 bench.time(f"compress24 {layout}", shape, calls, bytes_moved=moved, baseline=cslt, target=goal)
-            masked = over(weights, compress24, compress24(weights[0])[1])
+            masked = over(weights, compress24, compress24(weights[0])[1], offender=found)
             bench.time("compress24 neutral, masked", shape, masked, bytes_moved=3.25 * elements, target=goal)
         for backend in backends("pack"):
             calls = over(weights, launcher("pack", backend), n=2, m=4)
@@ -585,44 +589,39 @@ def prefill(bench: Bench) -> None:
 
 @section
 def pruning(bench: Bench) -> None:
-    """A 7B-shaped random Llama, three blocks, 128 x 2048 tokens: the middle block's time, times 32."""
+    """A 7B-shaped random Llama of three blocks, 128 x 2048 tokens: the middle block's time, times 32."""
+    tokens = torch.randint(LLAMA_7B["vocab_size"], CALIBRATION, generator=torch.Generator().manual_seed(0))
+    for method, target_seconds in [("wanda", None), ("wanda++", 120), ("sparsegpt", None)]:
+        bench.attempt(f"prune {method}", partial(prune_one, bench, tokens, method, target_seconds))
+        torch.cuda.empty_cache()
+
+
+def prune_one(bench: Bench, tokens, method: str, target_seconds: float | None) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from wandapp.pipeline import prune
 
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=3, num_attention_heads=32, vocab_size=32000,
-        max_position_embeddings=2048, dtype="bfloat16",
-    )  # fmt: skip
-    tokens = torch.randint(32000, (128, 2048), generator=torch.Generator().manual_seed(0))
-    for method, target_seconds in [("wanda", None), ("wanda++", 120), ("sparsegpt", None)]:
-        torch.manual_seed(0)
-        with torch.device(DEVICE):
-            model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-        seconds = []
-        report = prune(
-            model, calibration=tokens, method=method, sparsity="2:4", device=DEVICE,
-            on_progress=lambda progress, seconds=seconds: seconds.append(progress.seconds),
-        )  # fmt: skip
-        block = seconds[1] - seconds[0]
-        row = {
-            "kernel": f"prune {method} 2:4", "shape": "7B block, 128x2048", "seconds_per_block": block,
-            "seconds_for_32_blocks": 32 * block, "phases": report.seconds_by_phase, "peak_gib": report.peak_gib,
-            "achieved_gflops": report.achieved_gflops,
-        }  # fmt: skip
-        verdict = ""
-        if target_seconds:
-            row["met"] = 32 * block < target_seconds
-            verdict = f"< {target_seconds} s: {'met' if row['met'] else 'MISSED'}"
-        bench.rows.append(row)
-        phases = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds_by_phase.items())
-        print(
-            f"{row['kernel']:34} {row['shape']:22} {block:7.2f} s per block, 32 blocks {32 * block:6.0f} s {verdict}"
-            f"  peak {report.peak_gib:.1f} GiB  ({phases})",
-            flush=True,
-        )
-        del model
-        torch.cuda.empty_cache()
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **LLAMA_7B)).to(torch.bfloat16).eval()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    options = {"method": method, "sparsity": "2:4", "device": DEVICE}
+    report = prune(model, calibration=tokens, on_progress=lambda progress: seconds.append(progress.seconds), **options)
+    block = seconds[1] - seconds[0]
+    row = {"kernel": f"prune {method} 2:4", "shape": f"7B block, {'x'.join(map(str, tokens.shape))}"}
+    row |= {"seconds_per_block": block, "seconds_for_32_blocks": 32 * block, "phases": report.seconds_by_phase}
+    row |= {"peak_gib": report.peak_gib, "achieved_gflops": report.achieved_gflops}
+    verdict = ""
+    if target_seconds:
+        row["met"] = 32 * block < target_seconds
+        verdict = f"< {target_seconds} s: {'met' if row['met'] else 'MISSED'}"
+    bench.rows.append(row)
+    phases = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds_by_phase.items())
+    print(
+        f"{row['kernel']:34} {row['shape']:22} {block:7.2f} s per block, 32 blocks {32 * block:6.0f} s {verdict}"
+        f"  peak {report.peak_gib:.1f} GiB  ({phases})",
+        flush=True,
+    )
 
 
 def machine() -> dict:
@@ -645,12 +644,7 @@ def run_section(bench: Bench, name: str) -> None:
         f"\n== {name}: {(SECTIONS[name].__doc__ or '').splitlines()[0] if SECTIONS[name].__doc__ else ''}", flush=True
     )
     start = time.perf_counter()
-    try:
-        SECTIONS[name](bench)
-        torch.cuda.synchronize()
-    except Exception:  # a section's failure is reported at the end, and must not cost the others
-        bench.failures[name] = traceback.format_exc()
-        print(f"FAIL {name}\n{bench.failures[name]}", flush=True)
+    bench.attempt(name, lambda: SECTIONS[name](bench))
     torch.cuda.empty_cache()
     print(f"({name}: {time.perf_counter() - start:.0f} s)", flush=True)
 
@@ -674,7 +668,7 @@ def main() -> int:
         return 1
     bench = Bench(options.check_seconds)
     torch.manual_seed(int(time.time()))
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         try:
             build(folder)

@@ -12,14 +12,15 @@ NO_OFFENDER = torch.iinfo(torch.int64).max
 
 
 def compress24(
-    weight: Tensor, bitmask: Tensor | None = None, *, layout: str = "neutral"
+    weight: Tensor, bitmask: Tensor | None = None, *, layout: str = "neutral", offender: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values, metadata, offender) of a 2:4 weight, or of `weight` where `bitmask` is set. Does not wait for the GPU.
 
     neutral     metadata is the bitmask, uint8 [rows, ceil(cols / 8)]
     cutlass     metadata is int16 [rows, cols / 16] as torch.sparse has it; rows a multiple of 32, cols of 64
     cusparselt  the same words in cuSPARSELt's order; rows and cols multiples of 128 (both for 16-bit weights only)
-    offender    0-d int64: flat index of the first group with more than two non-zeros, NO_OFFENDER when there is none
+    offender    0-d int64: flat index of the first group with more than two non-zeros, NO_OFFENDER when there is none. One
+                given is lowered, not set: calls can share it and look once at the end
     """
     from wandapp import _CUDA
 
@@ -29,7 +30,8 @@ def compress24(
         metadata = torch.empty(rows, (cols + 7) // 8, dtype=torch.uint8, device=weight.device)
     else:
         metadata = torch.empty(rows, cols // 16, dtype=torch.int16, device=weight.device)
-    offender = torch.full((), NO_OFFENDER, dtype=torch.int64, device=weight.device)
+    if offender is None:
+        offender = torch.full((), NO_OFFENDER, dtype=torch.int64, device=weight.device)
     with torch.cuda.device_of(weight):
         stream = torch.cuda.current_stream()
         _CUDA.compress24(
