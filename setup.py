@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-OPS = ["column_sumsq", "select", "compensate", "pack", "sparse_linear"]
+OPS = ["column_sumsq", "select", "compensate", "pack", "sparse_linear", "rmsprop"]
 
 CXX_SOURCES = ["csrc/bindings.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))]
 CXX_FLAGS = [
@@ -32,7 +32,8 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-psabi",
-    "-Wno-maybe-uninitialized",  # gcc 12 raises it inside its own AVX-512 header
+    "-Wno-uninitialized",  # gcc 12 raises these two inside its own AVX-512 header
+    "-Wno-maybe-uninitialized",
     "-Icsrc",
     f"-I{pybind11.get_include()}",
     f"-I{sysconfig.get_path('include')}",

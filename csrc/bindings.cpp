@@ -82,6 +82,12 @@ void dense_linear(Address weight, int dtype, int64_t rows, int64_t cols, Address
   kernels_of(isa).dense_linear(at<void>(weight), Dtype(dtype), rows, cols, args, threads);
 }
 
+void rmsprop(Address weight, Address gradient, int dtype, Address mean_square, int64_t count, float lr, float decay,
+             float epsilon, int threads, const std::string& isa) {
+  kernels_of(isa).rmsprop(at<float>(weight), at<void>(gradient), Dtype(dtype), at<float>(mean_square), count,
+                          {lr, decay, epsilon}, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -112,5 +118,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("pack_nonzeros", &pack_nonzeros, ReleaseGil());
   module.def("unpack", &unpack, ReleaseGil());
   module.def("sparse_linear", &sparse_linear, ReleaseGil());
+  module.def("rmsprop", &rmsprop, ReleaseGil());
   module.def("dense_linear", &dense_linear, ReleaseGil(), "One token on a dense weight, for benchmarks");
 }

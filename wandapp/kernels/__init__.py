@@ -13,4 +13,5 @@ FUNCTIONS = {
     "pack": "pack",
     "unpack": "pack",
     "sparse_linear": "sparse_linear",
+    "rmsprop_": "rmsprop",
 }

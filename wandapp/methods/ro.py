@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from wandapp.blocks import DecoderBlock, LinearView
 from wandapp.config import PruneConfig
 from wandapp.kernels.column_sumsq import column_sumsq
+from wandapp.kernels.rmsprop import rmsprop_
 from wandapp.methods.base import BlockRecord, Method, block_error, layer_errors, probe_products
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements, measure, token_rms
 
-DECAY, EPSILON = 0.99, 1e-8  # torch.optim.RMSprop's defaults
 ERROR_SAMPLES = 4
 
 
@@ -112,7 +112,8 @@ class _Optimisation:
             self.block.backward(loss, tokens=output.shape[1])
         for parameter in self.parameters:
             if parameter.grad is not None:
-                self._descend(parameter, parameter.grad.float())
+                rate = self.learning_rate[parameter]
+                rmsprop_(self.masters[parameter], parameter.grad.contiguous(), self.mean_square[parameter], lr=rate)
             parameter.grad = None
             parameter.requires_grad_(False)
 
@@ -134,11 +135,6 @@ class _Optimisation:
             return self.config.ro_lr
         steps = self.config.ro_rounds * min(self.config.ro_samples, len(self.hidden))
         return max(self.config.ro_lr, rms * torch.finfo(storage).eps / steps)
-
-    def _descend(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        mean_square = self.mean_square[parameter].mul_(DECAY).addcmul_(gradient, gradient, value=1 - DECAY)
-        step = mean_square.sqrt().add_(EPSILON)
-        self.masters[parameter].addcdiv_(gradient, step, value=-self.learning_rate[parameter])
 
     def _store(self) -> None:
         for parameter, master in self.masters.items():
