@@ -568,13 +568,14 @@ def prefill(bench: Bench) -> None:
             x, shape = torch.randn(tokens, cols, device=DEVICE).bfloat16(), f"{rows}x{cols} x{tokens}"
             expected, flops = F.linear(x, weight), 2 * rows * cols * tokens
             plain = bench.time("F.linear dense", shape, [partial(F.linear, x, weight)] * 4, flops=flops)
-            quick, wrong = {}, []
+            quick, wrong, refused = {}, [], 0
             for algorithm in range(40):
                 call = partial(torch._cslt_sparse_mm, blob, x.t(), alg_id=algorithm, transpose_result=True)
                 try:
                     result = call()
-                except RuntimeError:  # the library has no more algorithms
-                    break
+                except RuntimeError:  # not an algorithm for this problem, or not one at all
+                    refused += 1
+                    continue
                 if relative_error(result, expected) > 1e-2:
                     wrong.append(algorithm)
                 else:
@@ -583,7 +584,7 @@ def prefill(bench: Bench) -> None:
             algorithm, call = quick[min(quick)]
             bench.time(
                 f"cuSPARSELt algorithm {algorithm}", shape, [call] * 4, flops=flops,
-                baseline=("dense", plain), note=f"of {len(quick)} right ones, wrong: {wrong}",
+                baseline=("dense", plain), note=f"of {len(quick)} right ones; wrong: {wrong}, refused: {refused}",
             )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ static void run_compress(const CompressArguments& arguments) {
 }
 
 static void compress24(uintptr_t weight, int64_t row_stride, uintptr_t keep, int64_t rows, int64_t cols, int dtype,
-                       int layout, uintptr_t values, uintptr_t metadata, uintptr_t offender) {
+                       int layout, uintptr_t values, uintptr_t metadata, uintptr_t offender, int, uintptr_t) {
   const CompressArguments arguments = compress_arguments(weight, row_stride, keep, rows, cols, dtype == 0 ? 4 : 2, values,
                                                          metadata, offender);
   if (dtype == 0) return run_compress<uint32_t, Layout::kNeutral>(arguments);
@@ -33,8 +33,8 @@ static void run_linear(const SparseLinearArguments& arguments, const SparseLinea
     fibers::launch(sparse_linear24_kernel<Type, 2, kUnrollTwo>, {shape.blocks, 1}, shape.threads, arguments);
 }
 
-// `staged_steps` overrides how many steps of x are staged at a time: 0 leaves the kernel's own choice.
-static void sparse_linear24(uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, uintptr_t y, int64_t tokens,
+// `staged_steps`: how many steps of x are staged at a time; 0 leaves it to the launch.
+static void staged_linear24(uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, uintptr_t y, int64_t tokens,
                             int64_t rows, int64_t cols, int dtype, int staged_steps) {
   const SparseLinearShape shape = sparse_linear_shape(int(tokens), rows, cols);
   const SparseLinearArguments arguments{reinterpret_cast<const uint16_t*>(x),
@@ -50,9 +50,15 @@ static void sparse_linear24(uintptr_t x, uintptr_t values, uintptr_t bitmask, ui
   dtype == 1 ? run_linear<BFloat16>(arguments, shape) : run_linear<Float16>(arguments, shape);
 }
 
+static void sparse_linear24(uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, uintptr_t y, int64_t tokens,
+                            int64_t rows, int64_t cols, int dtype, int, uintptr_t) {
+  staged_linear24(x, values, bitmask, bias, y, tokens, rows, cols, dtype, 0);
+}
+
 PYBIND11_MODULE(cuda_on_cpu, module) {
   module.def("compress24", compress24);
   module.def("sparse_linear24", sparse_linear24);
+  module.def("staged_linear24", staged_linear24);
   module.def("torch_pairs", torch_pairs);
   module.def("neutral_masks", neutral_masks);
   module.def("too_many", too_many);

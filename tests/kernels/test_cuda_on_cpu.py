@@ -4,14 +4,21 @@ import importlib.util
 import itertools
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 from wandapp.kernels.pack import Packed
+from wandapp.kernels.pack.cuda import pack_cuda
 from wandapp.kernels.pack.reference import pack_reference, unpack_reference
+from wandapp.kernels.sparse_linear.cuda import sparse_linear_cuda
+
+import wandapp
+from wandapp.errors import BackendUnavailableError
 
 ROOT = Path(__file__).parents[2]
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -70,7 +77,7 @@ def compress(cuda, weight, layout, keep=None):
     offender = torch.tensor(NO_OFFENDER)
     cuda.compress24(
         weight.data_ptr(), weight.stride(0), 0 if keep is None else keep.data_ptr(), rows, cols,
-        DTYPE_CODES[weight.dtype], layout, values.data_ptr(), metadata.data_ptr(), offender.data_ptr(),
+        DTYPE_CODES[weight.dtype], layout, values.data_ptr(), metadata.data_ptr(), offender.data_ptr(), 0, 0,
     )  # fmt: skip
     return values, metadata, int(offender)
 
@@ -169,7 +176,7 @@ def test_first_group_with_too_many_nonzeros_is_reported(cuda, layout, count):
 def multiply(cuda, x, packed, bias=None, staged_steps=0):
     rows, cols = packed.shape
     y = torch.full((len(x), rows), -77.0, dtype=x.dtype)
-    cuda.sparse_linear24(
+    cuda.staged_linear24(
         x.data_ptr(), packed.values.data_ptr(), packed.bitmask.data_ptr(), 0 if bias is None else bias.data_ptr(),
         y.data_ptr(), len(x), rows, cols, DTYPE_CODES[x.dtype], staged_steps,
     )  # fmt: skip
@@ -220,6 +227,39 @@ def test_a_pruned_weight_does_not_see_an_infinite_input(cuda):
     pruned = unpack_reference(packed)[:, 5] == 0
     y = multiply(cuda, x, packed)[0]
     assert (y[pruned] == 0).all() and y[~pruned].isinf().all()
+
+
+@pytest.fixture
+def launchers(cuda, monkeypatch):
+    """The Python launchers with the CPU module in place of wandapp._CUDA."""
+    monkeypatch.setitem(sys.modules, "wandapp._CUDA", cuda)
+    monkeypatch.setattr(wandapp, "_CUDA", cuda, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(device_index=0, cuda_stream=0))
+
+
+@pytest.mark.usefixtures("launchers")
+def test_launcher_of_pack_equals_the_reference():
+    weight = sparse_weight(37, 68, torch.bfloat16)
+    values, bitmask, row_offsets, offender = pack_cuda(weight, n=2, m=4)
+    expected_values, expected_bitmask, _, _ = pack_reference(weight, n=2, m=4)
+    assert same_bits(values, expected_values) and torch.equal(bitmask, expected_bitmask)
+    assert row_offsets is None and offender == -1
+    weight[3, 8:11] = 1.0
+    assert pack_cuda(weight, n=2, m=4)[3] == 3 * 68 + 8
+    with pytest.raises(BackendUnavailableError, match="2:4 only"):
+        pack_cuda(weight, n=1, m=4)
+
+
+@pytest.mark.usefixtures("launchers")
+def test_launcher_of_sparse_linear_takes_unaligned_inputs_and_refuses_what_the_kernel_cannot():
+    packed = packed_weight(20, 128, torch.float16)
+    buffer = torch.randn(3 * 128 + 1, generator=torch.Generator().manual_seed(1)).half()
+    x = buffer[1:].view(3, 128)
+    torch.testing.assert_close(sparse_linear_cuda(x, packed, None), x @ unpack_reference(packed).T)
+    with pytest.raises(BackendUnavailableError, match="1 to 16 tokens, got 17"):
+        sparse_linear_cuda(torch.zeros(17, 128).half(), packed, None)
+    with pytest.raises(BackendUnavailableError, match="divisible by 64, got 32"):
+        sparse_linear_cuda(x[:, :32], packed_weight(20, 32, torch.float16), None)
 
 
 def test_the_shims_half_precision_is_torchs(cuda):
