@@ -56,8 +56,8 @@ $(TOOLS): constraints.txt
 	@touch $@
 
 $(INSTALLED): $(TOOLS) pyproject.toml $(NATIVE)
-	@echo "installing wandapp and what it needs into $(VENV) (torch is large; minutes on the first call)"
-	@$(INSTALL) --no-build-isolation -e '.[dev]'
+	@echo "installing wandapp and what it needs into $(VENV) (the first time downloads torch, which is large)"
+	@$(INSTALL) $(if $(wildcard $@),-q) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 $(MODEL): $(TOOLS)
