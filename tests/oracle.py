@@ -96,15 +96,19 @@ class Matrix:
         return self.view(getattr(self.module, self.field).grad)
 
 
+def is_router(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("TopKRouter")
+
+
 def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter)
 
 
 def matrices(block: nn.Module) -> dict[str, Matrix]:
-    """Every linear map of the block by name; an expert's is `<module>.<field>.<expert>`. Routers are left out."""
+    """Every linear map of the block by name; an expert's is `<module>.<field>.<expert>`."""
     found = {}
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or is_router(module):
             found[name] = Matrix(module)
         elif type(module).__name__ == "Conv1D":  # GPT-2 stores [in, out]
             found[name] = Matrix(module, is_transposed=True)
@@ -140,7 +144,7 @@ def recorded_inputs(block: nn.Module):
 
     hooks = []
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        if isinstance(module, nn.Linear) or is_router(module) or type(module).__name__ == "Conv1D":
             hooks.append(module.register_forward_pre_hook(record(name)))
         elif is_experts(module):
             hooks.append(module.register_forward_pre_hook(record_experts(name)))
@@ -171,9 +175,17 @@ def hessians(inputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: 2 / len(inputs) * sum(sample[name].T @ sample[name] for sample in inputs) for name in inputs[0]}
 
 
-def regional_loss(block: nn.Module, call: Call) -> Tensor:
-    """L(X_n) = || f_l(X_n) ||, the Frobenius norm of the block's output."""
-    return (block_output(block, call) ** 2).sum().sqrt()
+def token_rms(hidden: Tensor) -> Tensor:
+    """Root mean square of each token's state [..., 1], a constant to gradients."""
+    return (hidden.detach() ** 2).mean(dim=-1, keepdim=True).sqrt()
+
+
+def regional_loss(block: nn.Module, call: Call, *, per_token: bool = False) -> Tensor:
+    """L(X_n) = || f_l(X_n) ||, the Frobenius norm of the block's output; per_token: each token divided by its RMS."""
+    output = block_output(block, call)
+    if per_token:
+        output = output / token_rms(output)
+    return (output**2).sum().sqrt()
 
 
 def causal_loss(model: nn.Module, row: Tensor) -> Tensor:
@@ -205,9 +217,9 @@ def mean_absolute(gradients: list[Tensor]) -> Tensor:
     return sum(g.abs() for g in gradients) / len(gradients)
 
 
-def regional_gradients(block: nn.Module, calls: list[Call]) -> dict[str, Tensor]:
+def regional_gradients(block: nn.Module, calls: list[Call], *, per_token: bool = False) -> dict[str, Tensor]:
     """G of every linear map of the block as it is now, RMS over samples."""
-    losses = [lambda call=call: regional_loss(block, call) for call in calls]
+    losses = [lambda call=call: regional_loss(block, call, per_token=per_token) for call in calls]
     return {name: root_mean_square(g) for name, g in gradient_per_sample(matrices(block), losses).items()}
 
 
@@ -316,35 +328,45 @@ def regional_error(block: nn.Module, calls: list[Call], targets: list[Tensor]) -
         return sum(((block_output(block, c) - y) ** 2).sum().item() for c, y in zip(calls, targets, strict=True))
 
 
-def refine(block: nn.Module, calls: list[Call], pattern: Pattern, gradients, *, alpha, rounds, learning_rate) -> None:
+def refine(
+    block: nn.Module, calls: list[Call], pattern: Pattern, gradients, *, alpha, rounds, learning_rate, relative=False
+) -> None:
     """Regional optimisation of a dense block in place on all of `calls`, in their order in every round.
 
     The norms of a round's prune are those of the forwards just before it: of the dense block, then of the steps.
     RMSprop: v = 0.99 v + 0.01 g^2; w -= lr * g / (sqrt(v) + 1e-8), its state lives as long as the block's refinement.
+    relative: each token's error is divided by the RMS of its target, and lr is multiplied by the dense matrix's RMS.
     """
     named = matrices(block)
     with torch.no_grad():
         targets = [block_output(block, call).clone() for call in calls]
     inputs = layer_inputs(block, calls)
     mean_square = {name: torch.zeros_like(matrix.weight) for name, matrix in named.items()}
+    step_size = {
+        name: learning_rate * ((matrix.weight**2).mean().sqrt() if relative else 1.0) for name, matrix in named.items()
+    }
 
     def prune():
         scales = column_norms(inputs)
         for name, matrix in named.items():
             matrix.weight.mul_(pattern.keep(score(matrix.weight, scales[name], gradients[name], alpha)))
 
+    def descend(call, target):
+        block.zero_grad()
+        error = block_output(block, call) - target
+        ((error / token_rms(target) if relative else error) ** 2).sum().backward()
+        for name, matrix in named.items():
+            gradient = matrix.gradient
+            mean_square[name] = 0.99 * mean_square[name] + 0.01 * gradient**2
+            matrix.weight.sub_(step_size[name] * gradient / (mean_square[name].sqrt() + 1e-8))
+
     for _ in range(rounds):
         prune()
         inputs = []
         for call, target in zip(calls, targets, strict=True):
-            block.zero_grad()
             with recorded_inputs(block) as recorded:
-                ((block_output(block, call) - target) ** 2).sum().backward()
+                descend(call, target)
             inputs.append(dict(recorded))
-            for name, matrix in named.items():
-                gradient = matrix.gradient
-                mean_square[name] = 0.99 * mean_square[name] + 0.01 * gradient**2
-                matrix.weight.sub_(learning_rate * gradient / (mean_square[name].sqrt() + 1e-8))
     prune()
 
 
