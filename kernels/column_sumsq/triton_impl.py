@@ -17,7 +17,15 @@ def column_sumsq_triton(x: Tensor) -> Tensor:
         tile = sumsq_tile(features, x.element_size())
         grid = (triton.cdiv(features, tile["BLOCK_FEATURES"]), splits, batch)
         _column_sumsq_kernel[grid](
-            x, partial, tokens, features, *x.stride()[:2], TOKENS=TOKENS_PER_PROGRAM, **tile, num_warps=4
+            x,
+            partial,
+            tokens,
+            features,
+            *x.stride()[:2],
+            TOKENS=TOKENS_PER_PROGRAM,
+            **tile,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return partial.sum(dim=1) if splits > 1 else partial[:, 0]
 

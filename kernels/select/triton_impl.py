@@ -64,14 +64,20 @@ def nm_tile(cols: int, m: int, itemsize: int) -> dict:
 
 
 def row_tile(cols: int, itemsize: int) -> dict:
-    """Parts of one program's row buffer, and its warps: 8 keys a thread and part.
+    """Parts of one program's row buffer, and its warps: 8 keys a thread and part, 3 to 8 parts.
 
-    Three or four parts (up to 8 in rows of more than 16384) waste less than one power of two would: 11008 columns take
-    3 parts of 4096. The weight stays beside its keys while registers allow it, else the write reads it again, from L2.
+    Parts waste less than one power of two would: 11008 columns take 6 parts of 2048. Long rows are read again, from L2,
+    to be written: 128 registers a thread then hold the keys, and two to four programs share an SM.
     """
-    part = max(256, min(4096, triton.next_power_of_2(cols) // 4))
-    parts = triton.cdiv(cols, part)
-    return {"PARTS": parts, "PART": part, "RELOAD": part * itemsize > 4096, "num_warps": part // 256}
+    part = max(256, triton.next_power_of_2(cols) // (8 if cols > 8192 else 4))
+    registers = {"maxnreg": 128} if part >= 1024 else {}
+    return {
+        "PARTS": triton.cdiv(cols, part),
+        "PART": part,
+        "RELOAD": part >= 1024,
+        "num_warps": part // 256,
+        **registers,
+    }
 
 
 def _launch_nm(weight, column_scale, gradient, output, n, m, alpha, *, prune) -> Tensor:
@@ -413,20 +419,21 @@ def _select_rows_kernel(
         tl.atomic_min(offender_ptr, row * cols + tl.min(bad))
 
     # reach(t) = number of keys >= t. Always reach(low) > keep >= reach(high), until reach(high) == keep or only keys
-    # equal to low lie between. Steps alternate between the place where a straight line would put `keep` and the middle.
+    # equal to low lie between. Two steps go where a straight line would put `keep`,
+    # the third to the middle: about 9 in all.
     low, high = low.to(tl.int64), high.to(tl.int64) + 1
     reach_low, reach_high = cols, 0
     if keep == cols:
         high, reach_high = low, cols
     step = 0
     while (reach_high != keep) & (high - low > 1):
-        fraction = tl.where(step % 2 == 0, (reach_low - keep).to(tl.float32) / (reach_low - reach_high), 0.5)
+        fraction = tl.where(step % 3 != 2, (reach_low - keep).to(tl.float32) / (reach_low - reach_high), 0.5)
         jump = ((high - low).to(tl.float32) * fraction).to(tl.int64)
         middle = low + tl.minimum(tl.maximum(jump, 1), high - low - 1)
-        reached = tl.zeros((PART,), tl.int32)
+        reached = tl.zeros((PART,), tl.float32)  # exact, and two instructions a key fewer than a sum of integers
         for part in tl.static_range(PARTS):
-            reached += (keys[part] >= middle.to(tl.int32)).to(tl.int32)
-        reach = tl.sum(reached)
+            reached += (keys[part] >= middle.to(tl.int32)).to(tl.float32)
+        reach = tl.sum(reached).to(tl.int32)
         too_many = reach > keep
         low, reach_low = tl.where(too_many, middle, low), tl.where(too_many, reach, reach_low)
         high, reach_high = tl.where(too_many, high, middle), tl.where(too_many, reach_high, reach)

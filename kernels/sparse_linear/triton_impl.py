@@ -4,8 +4,9 @@
 registers (three selects a group, no address is computed per weight) and hands the dense fragment to the tensor cores,
 whose cost is the same for 1 and for 16 tokens. The quarters meet once, at the end: bytes of W decide the time.
 
-Every other pattern, and fp32: each thread finds the place of its weights by a running count of the bitmask and loads
-them one by one, coalesced because neighbours in the row are neighbours in memory.
+Every other pattern, and fp32: each thread finds the place of its 8 columns' weights by a running count of the bitmask
+and loads them one by one; neighbours in the row are neighbours in memory. About 17 thread-instructions a byte: twice
+what keeps the memory busy, so this path gains less than the bytes it saves.
 """
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.functional import linear
 
 from wandapp.kernels.pack import Packed
 from wandapp.kernels.pack.triton_impl import unpack_triton
+from wandapp.kernels.select.triton_impl import split_lanes, widen
 
 DECODE_TOKENS = 16  # two fragments of the tensor cores; one, of 8 tokens, is the narrowest
 QUARTERS = 4  # warps of a program, each with its own columns
@@ -53,7 +55,7 @@ def _decode_24(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, config
         x, packed.values.contiguous(), bitmask.view(torch.int32) if words else bitmask,
         bias if splits == 1 else None, partial, x.shape[0], rows, cols, cols // 2, cols // 32 if words else cols + 7 >> 3,
         WORD_COLS=32 if words else 8, TOKENS=8 if x.shape[0] <= 8 else 16, QUARTERS=QUARTERS,
-        WIDEN=x.device.type == "cpu", **config, num_warps=QUARTERS,
+        WIDEN=x.device.type == "cpu", **config, num_warps=QUARTERS, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         _add_splits_kernel[(triton.cdiv(y.numel(), 512),)](
@@ -65,11 +67,12 @@ def _decode_24(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, config
 def _decode_gather(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor) -> Tensor:
     rows, cols = packed.shape
     tokens = x.shape[0]
-    block_tokens = min(4, triton.next_power_of_2(tokens))
+    block_tokens = min(8, triton.next_power_of_2(tokens))
     values_per_row = 0 if packed.pattern is None else packed.values.shape[1]
-    _decode_gather_kernel[(triton.cdiv(rows, 4), triton.cdiv(tokens, block_tokens))](
+    _decode_gather_kernel[(triton.cdiv(rows, 8), triton.cdiv(tokens, block_tokens))](
         x, packed.values.contiguous(), packed.bitmask.contiguous(), packed.row_offsets, bias, y,
-        tokens, rows, cols, values_per_row, BLOCK_ROWS=4, BLOCK_COLS=256, BLOCK_TOKENS=block_tokens, num_warps=4,
+        tokens, rows, cols, values_per_row, BLOCK_ROWS=8, BLOCK_COLS=256, BLOCK_TOKENS=block_tokens, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
@@ -193,21 +196,28 @@ def _decode_gather_kernel(
     bitmask_row_ptrs = bitmask_ptr + (offs_rows.to(tl.int64) * tl.cdiv(cols, 8))[:, None]
     x_row_ptrs = x_ptr + (offs_tokens * cols)[:, None]
 
-    y_tile = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS, BLOCK_COLS), tl.float32)
+    BYTES: tl.constexpr = BLOCK_COLS // 8
+    y_tile = tl.zeros((BLOCK_ROWS, BLOCK_TOKENS, BYTES), tl.float32)
     before = tl.zeros((BLOCK_ROWS,), tl.int32)  # values of the row that lie left of the tile
     for first_col in range(0, cols, BLOCK_COLS):
-        offs_cols = first_col + tl.arange(0, BLOCK_COLS)
-        keep_cols = offs_cols < cols
-        inside = keep_rows[:, None] & keep_cols[None, :]
-        byte = tl.load(bitmask_row_ptrs + (offs_cols // 8)[None, :], mask=inside, other=0).to(tl.int32)
-        kept = (byte >> (offs_cols % 8)[None, :]) & 1
-        rank = before[:, None] + tl.cumsum(kept, 1)
-        value_ptrs = values_ptr + row_start[:, None] + (rank - 1)
-        weight_tile = tl.load(value_ptrs, mask=kept != 0, other=0.0).to(tl.float32)
-        keep_x = keep_tokens[:, None] & keep_cols[None, :]
-        x_tile = tl.load(x_row_ptrs + offs_cols[None, :], mask=keep_x, other=0.0).to(tl.float32)
-        y_tile += weight_tile[:, None, :] * x_tile[None, :, :]
-        before = tl.max(rank, 1)
+        offs_bytes = first_col // 8 + tl.arange(0, BYTES)[None, :]
+        keep_bytes = keep_rows[:, None] & (offs_bytes < tl.cdiv(cols, 8))
+        byte = tl.load(bitmask_row_ptrs + offs_bytes, mask=keep_bytes, other=0).to(tl.int32)
+        count = byte & 1
+        for i in tl.static_range(1, 8):
+            count += (byte >> i) & 1
+        reach = before[:, None] + tl.cumsum(count, 1)
+        before = tl.max(reach, 1)
+
+        offs_cols = first_col + tl.arange(0, BLOCK_COLS)[None, :]
+        keep_x = keep_tokens[:, None] & (offs_cols < cols)
+        x_lanes = split_lanes(tl.load(x_row_ptrs + offs_cols, mask=keep_x, other=0.0), 8)  # 8 of [tokens, BYTES]
+        place = row_start[:, None] + (reach - count)  # of the byte's first value
+        for i in tl.static_range(8):
+            bit = (byte >> i) & 1
+            weight_tile = widen(tl.load(values_ptr + place, mask=bit != 0, other=0.0))
+            y_tile += weight_tile[:, None, :] * widen(x_lanes[i])[None, :, :]
+            place += bit
 
     y = tl.sum(y_tile, axis=2)  # [BLOCK_ROWS, BLOCK_TOKENS]
     if bias_ptr is not None:
