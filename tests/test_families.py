@@ -35,6 +35,15 @@ LAYOUTS = {
 TOKENS = torch.randint(0, 250, (4, 24), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads of matrices this small only wait for each other, and for minutes where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def input_axis(family: str, param: Tensor) -> int:
     """GPT-2's Conv1D stores [in, out]; linear layers [out, in], experts [experts, out, in]."""
     return 0 if family == "gpt2" else param.ndim - 1

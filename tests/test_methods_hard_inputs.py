@@ -31,6 +31,15 @@ def pruned_copy(model, tokens: Tensor, **options):
     return model, report
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads of matrices this small only wait for each other, and for minutes where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def llama(tiny_model):
     return tiny_model("llama", num_hidden_layers=2)[0]

@@ -94,6 +94,15 @@ def gblm_scores(model_gradients: list, alpha: float):
     return scores
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads of matrices this small only wait for each other, and for minutes where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["llama", "gpt2"])
 def wide(request, tiny_model):
     """Dense models of two families; GPT-2 stores its matrices transposed and has biases everywhere."""
