@@ -102,7 +102,8 @@ def select_cases() -> list[Case]:
         name = f"{'prune_nm_' if prune else 'select_nm'} {n}:{m} bf16{' gradient' if 'g' in terms else ''}"
         kernel = select._select_nm_kernel
         found.append(Case(name, kernel, pointers, constants, weights, moved, moved, bytes_asked=weights * 2))
-    for cols, steps in [(4096, 9), (11008, 9)]:  # steps of the search: the mean over normal weights, log-normal scales
+    steps = 9  # of the search: the mean over rows of normal weights and log-normal scales
+    for cols in (4096, 11008):
         tile = select.row_tile(cols, 2)
         warps, registers = tile.pop("num_warps"), tile.pop("maxnreg", None)
         constants = {"KEY_SHIFT": 0, "PRUNE": True, **no_gradient("s"), **tile}
@@ -195,12 +196,11 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        run = lambda *options: (
-            subprocess.run(  # noqa: E731
-                [TOOLS / "cuobjdump", *options, file.name], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        return run("-sass"), run("--dump-resource-usage")
+        outputs = [
+            subprocess.run([TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-sass", "--dump-resource-usage")
+        ]
+    return outputs[0], outputs[1]
 
 
 def read_usage(name: str, usage: str, shared: int, warps: int) -> Report:

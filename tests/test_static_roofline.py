@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "static_roofline.py"
 BY_ELEMENT = ("compensate", "sparse_linear 50%")  # diagonal entries; values found by a running count
-OVER_THE_LIMIT = {"prune_rows_": 19.0, "sparse_linear 50%": 18.0, "compensate": 320.0}  # thread-instructions a byte
+OVER_THE_LIMIT = {"prune_rows_": 19.0, "sparse_linear 50%": 23.0, "compensate": 320.0}  # thread-instructions a byte
 SPILLS = {"prune_rows_ 11008": 64, "sparse_linear 2:4 bf16 16 x": 8}  # bytes a thread, outside the loops
 
 
