@@ -53,7 +53,17 @@ def make_importable(folder: str) -> None:
 
 
 def build(folder: str) -> None:
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder]
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--parallel=2",
+        "--build-lib",
+        folder,
+        "--build-temp",
+        folder,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"building the extensions failed:\n{(done.stdout + done.stderr)[-4000:]}")
@@ -272,6 +282,7 @@ def check_selection(bench: Bench) -> None:
 def check_statistics(bench: Bench) -> None:
     from wandapp.kernels.column_sumsq import column_sumsq
     from wandapp.kernels.compensate import compensate_block_
+    from wandapp.kernels.rmsprop import rmsprop_
 
     def sums(x, backend):
         error = relative_error(column_sumsq(x, backend=backend), x.double().square().sum(-2))
@@ -287,6 +298,19 @@ def check_statistics(bench: Bench) -> None:
         require(relative_error(ours, reference) < 1e-5, f"weights differ by {relative_error(ours, reference):.1e}")
         require(relative_error(result.error, expected.error) < 1e-5, "errors differ")
 
+    def steps(shape, dtype, backend):
+        weight, mean_square = torch.randn(shape, device=DEVICE), torch.rand(shape, device=DEVICE)
+        gradient, results = torch.randn(shape, device=DEVICE).to(dtype), []
+        for name in (backend, "reference"):
+            results.append((weight.clone(), mean_square.clone()))
+            rmsprop_(results[-1][0], gradient, results[-1][1], lr=1e-3, backend=name)
+        for ours, expected in zip(*results, strict=True):
+            require(relative_error(ours, expected) < 1e-6, f"differs by {relative_error(ours, expected):.1e}")
+
+    for backend in backends("rmsprop_"):
+        for dtype in DTYPES:
+            for shape in [(1,), (37, 65), (512, 4096)]:
+                bench.check(f"check rmsprop_ {backend} {dtype} {shape}", partial(steps, shape, dtype, backend))
     for backend in backends("column_sumsq"):
         for dtype in DTYPES:
             for shape in [(1, 1), (37, 65), (2048, 4096), (3, 513, 11008)]:
@@ -502,6 +526,30 @@ def sumsq(bench: Bench) -> None:
 
 def torch_sumsq(x):
     return x.float().square().sum(1)
+
+
+@section
+def rmsprop(bench: Bench) -> None:
+    """One optimiser step of regional optimisation: weight and state are read and written in fp32, a bf16 gradient read."""
+    for rows, cols in SHAPES[:2]:
+        shape, moved = f"{rows}x{cols} fp32", 18 * rows * cols
+        sets = [[torch.rand(rows, cols, device=DEVICE) for _ in range(2)] for _ in range(2)]
+        gradient = random_weight(rows, cols)
+        plain = bench.time("RMSprop in torch", shape, over(sets, torch_rmsprop, gradient), bytes_moved=moved)
+        for backend in backends("rmsprop_"):
+            call = launcher("rmsprop_", backend)
+            calls = over(
+                sets, lambda pair, call=call, gradient=gradient: call(pair[0], gradient, pair[1], 1e-6, 0.99, 1e-8)
+            )
+            bench.time(
+                f"rmsprop_ {backend}", shape, calls, bytes_moved=moved, baseline=("torch", plain), target=("copy", 0.85)
+            )
+
+
+def torch_rmsprop(pair, gradient):
+    weight, mean_square = pair
+    mean_square.mul_(0.99).addcmul_(gradient.float(), gradient.float(), value=0.01)
+    weight.addcdiv_(gradient.float(), mean_square.sqrt().add_(1e-8), value=-1e-6)
 
 
 @section

@@ -4,7 +4,7 @@
 // they lie in memory, so 16 loaded bytes become products with 8 tokens in one instruction and nothing is expanded. A
 // loop over fused multiply-adds needs about 100 instructions for the same bytes at 8 tokens and reads 32 bytes of x
 // from shared memory per weight; that is over both budgets of an H100 (8.8 instructions per byte of W, and shared memory
-// is nine times as fast as DRAM). Here a lane spends about 50 instructions on 36 bytes of W, for 8 tokens as for 1.
+// is nine times as fast as DRAM). Here a lane spends about 70 instructions on 36 bytes of W, for 8 tokens as for 1.
 //
 // A warp owns 16 rows and takes 64 of their columns per step. The sum over columns may run in any order, so columns are
 // dealt to the instruction's logical k as the 16-byte loads like it, and not the other way round:
@@ -15,7 +15,7 @@
 //
 // The metadata that lane 0 of four must bring for the first instruction is group 0 of all four lanes' columns, lane 1:
 // group 1; for the second instruction (selector 1), lane 2: group 2, lane 3: group 3. So lane `quad` needs group `quad` of
-// every 16 columns: `metadata_of_lane`, about 25 instructions on 64 bits of bitmask for two rows.
+// every 16 columns: `metadata_of_lane`, about 30 instructions on 64 bits of bitmask for two rows.
 //
 // x is laid down in shared memory in the order in which the instruction wants it, once per block:
 //
