@@ -110,7 +110,8 @@ def select_cases() -> list[Case]:
         found.append(
             Case(
                 f"prune_rows_ {cols} bf16", select._select_rows_kernel, select_pointers("s", "*u8"), constants, cols,
-                4.125, 4.125 + 4 / 4096, trips=(steps, 0), warps=warps, registers=registers, undivisible=("keep",), bytes_asked=cols * 2,
+                4.125, 4.125 + 4 / 4096, trips=(steps, 0), warps=warps, registers=registers, undivisible=("keep",),
+                bytes_asked=cols * 2,
             )
         )  # fmt: skip
     return found

@@ -126,7 +126,7 @@ def _launch_wide_rows(terms, strides, shift, prune) -> None:
     source = (weight, column_scale, gradient)
     for digit_shift in (24, 16, 8, 0):
         counts = torch.zeros(rows, 256, dtype=torch.int32, device=device)
-        _count_digits_kernel[(rows, triton.cdiv(cols, block * steps))](
+        _count_digits_kernel[(triton.cdiv(cols, block * steps), rows)](
             *source, counts, found, offender, alpha, cols, *strides[:2], DIGIT_SHIFT=digit_shift, STEPS=steps, **options
         )
         larger = counts.flip(1).cumsum(1).flip(1) - counts  # keys with a larger digit than the one in this column
@@ -135,9 +135,9 @@ def _launch_wide_rows(terms, strides, shift, prune) -> None:
         found = (found << 8) | digit[:, 0].int()
     tiles = triton.cdiv(cols, block)
     ties = torch.empty(rows, tiles, dtype=torch.int64, device=device)
-    _count_ties_kernel[(rows, tiles)](*source, ties, found, alpha, cols, *strides[:2], **options)
+    _count_ties_kernel[(tiles, rows)](*source, ties, found, alpha, cols, *strides[:2], **options)
     before = ties.cumsum(1) - ties
-    _write_wide_rows_kernel[(rows, tiles)](
+    _write_wide_rows_kernel[(tiles, rows)](
         *source, output, before, found, wanted, alpha, cols, *strides, PRUNE=prune, **options
     )
 
@@ -514,11 +514,11 @@ def _count_digits_kernel(
     STEPS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
     found = tl.load(found_ptr + row)
     counts = tl.zeros((256,), tl.int32)
     for step in range(STEPS):
-        offs_cols = (tl.program_id(1) * STEPS + step).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+        offs_cols = (tl.program_id(0) * STEPS + step).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
         inside = offs_cols < cols
         weight_tile = tl.load(weight_ptr + row * stride_weight_row + offs_cols, mask=inside, other=0.0)
         key = _wide_key(
@@ -545,7 +545,7 @@ def _count_ties_kernel(
     stride_gradient_row,
     BLOCK_COLS: tl.constexpr,
 ):
-    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     offs_cols = tile.to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     inside = offs_cols < cols
     weight_tile = tl.load(weight_ptr + row * stride_weight_row + offs_cols, mask=inside, other=0.0)
@@ -553,7 +553,7 @@ def _count_ties_kernel(
         weight_tile, column_scale_ptr, gradient_ptr, row, offs_cols, inside, alpha, cols, stride_gradient_row, None
     )
     ties = tl.sum((inside & (key == tl.load(found_ptr + row))).to(tl.int32))
-    tl.store(ties_ptr + row * tl.num_programs(1) + tile, ties)
+    tl.store(ties_ptr + row * tl.num_programs(0) + tile, ties)
 
 
 @triton.jit
@@ -573,7 +573,7 @@ def _write_wide_rows_kernel(
     PRUNE: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     offs_cols = tile.to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     inside = offs_cols < cols
     weight_ptrs = weight_ptr + row * stride_weight_row + offs_cols
@@ -583,7 +583,7 @@ def _write_wide_rows_kernel(
     )
     threshold = tl.load(found_ptr + row)
     tied = inside & (key == threshold)
-    left = tl.load(wanted_ptr + row) - tl.load(before_ptr + row * tl.num_programs(1) + tile)
+    left = tl.load(wanted_ptr + row) - tl.load(before_ptr + row * tl.num_programs(0) + tile)
     kept = tied & (tl.cumsum(tied.to(tl.int32)) <= left)
     kept = kept | (inside & ((key ^ -0x80000000) > (threshold ^ -0x80000000)))
     output_row_ptr = output_ptr + row * stride_output_row
