@@ -4,6 +4,9 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
+
+from wandapp import save_pruned
 
 _SPEC = importlib.util.spec_from_file_location("wandapp_tests_tiny", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(_SPEC)
@@ -20,6 +23,26 @@ def tiny_model():
 def tiny_tokenizer():
     """tiny_tokenizer(add_bos=False) -> byte-level tokenizer."""
     return tiny.tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def pruned_checkpoint(tmp_path_factory):
+    """pruned_checkpoint(family, sparsity, dtype="float32", **config_fields) -> (model, its folder)."""
+    made = {}
+
+    def make(family: str, sparsity: str, dtype: str = "float32", **fields):
+        key = (family, sparsity, dtype, *sorted(fields.items()))
+        if key not in made:
+            model = tiny.tiny_model(family, **fields)[0].to(getattr(torch, dtype))
+            with torch.no_grad():
+                tiny.prune_by_magnitude(model, sparsity)
+            folder = tmp_path_factory.mktemp("pruned") / family
+            recipe = {"wandapp/recipe.yaml": f"sparsity: '{sparsity}'\n", "README.md": "# tiny\n"}
+            save_pruned(model, tiny.tiny_tokenizer(), folder, files=recipe)
+            made[key] = model, folder
+        return made[key]
+
+    return make
 
 
 @pytest.fixture(params=sorted(tiny.FAMILIES))

@@ -169,22 +169,7 @@ UNLISTED = {
 }
 
 
-KNOWN_WRONG = {
-    "llama4_text": "experts used by torch.bmm: pruned along their outputs, without statistics",
-    "openai-gpt": "a block that returns a list ends in a RuntimeError",
-    "gemma4_text": "a configuration without one head_dim ends in an AttributeError",
-}
-
-
-@pytest.mark.parametrize(
-    "model_type",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=KNOWN_WRONG[name]))
-        if name in KNOWN_WRONG
-        else name
-        for name in UNLISTED
-    ],
-)
+@pytest.mark.parametrize("model_type", list(UNLISTED))
 def test_an_unlisted_family_is_pruned_rightly_or_refused_by_class_name(model_type):
     dense = unlisted(model_type, **UNLISTED[model_type])
     tested = copy.deepcopy(dense)

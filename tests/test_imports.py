@@ -24,6 +24,7 @@ FLOORS = {
     "wandapp.methods": 4,
     "wandapp.store": 4,
     "wandapp.packed": 4,
+    "wandapp.packing": 4,
     "wandapp.inference": 4,
     "wandapp.verify": 5,
     "wandapp.report": 5,

@@ -7,6 +7,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from wandapp.blocks import find_blocks, find_linears
+from wandapp.kernels.select import select_nm, select_rows
+from wandapp.pattern import SparsityPattern
+
 HIDDEN, FFN, BLOCKS, VOCAB = 64, 128, 3, 300
 
 _COMMON = dict(vocab_size=VOCAB, bos_token_id=256, eos_token_id=257, pad_token_id=257)
@@ -74,6 +78,19 @@ def tiny_model(family: str, seed: int = 0, **overrides) -> tuple[torch.nn.Module
             else:
                 param.add_(noise, alpha=0.1)
     return model, config
+
+
+def prune_by_magnitude(model: torch.nn.Module, sparsity: str) -> None:
+    """Every linear map of the decoder blocks to the pattern, in place: the quickest pruned model."""
+    pattern = SparsityPattern.parse(sparsity)
+    prefix, blocks = find_blocks(model)
+    for index, block in enumerate(blocks):
+        for view in find_linears(block, f"{prefix}.{index}").values():
+            weight = view.weight.contiguous()
+            keep = pattern.keep(weight.shape[1])
+            nm = {"n": pattern.n, "m": pattern.m} if pattern.is_structured else {}
+            mask = select_nm(weight, **nm) if nm else select_rows(weight, keep=keep)
+            view.weight.copy_(torch.where(mask, weight, 0.0))
 
 
 def tiny_tokenizer(*, add_bos: bool = False) -> PreTrainedTokenizerFast:

@@ -157,7 +157,7 @@ class DecoderBlock:
             output = self.module(*call.args, **{call.hidden_keyword: hidden}, **call.kwargs)
         else:
             output = self.module(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, (tuple, list)) else output
 
     @property
     def forward_flops_per_token(self) -> float:
@@ -222,7 +222,8 @@ class DecoderBlock:
         """Remembers how many tokens meet each weight, and which linear map comes last in every forward."""
         for name, rows in seen.items():
             self._macs_per_token[name] = self.all_linears[name].weight.numel() * rows / tokens
-        unseen = [name for name, view in self.linears.items() if name not in seen and not view.is_expert]
+        met = {id(self.all_linears[name].parameter) for name in seen}  # some expert of every parameter meets a token
+        unseen = [name for name, view in self.linears.items() if id(view.parameter) not in met]
         if unseen:
             raise UnsupportedLayoutError(
                 f"{unseen[0]}: the weight takes part in no matrix product that {type(self.module).__name__}'s forward "
@@ -305,7 +306,7 @@ class Recording:
 @contextmanager
 def _replaced_forwards(blocks: nn.ModuleList, replace: Callable[[int, Tensor, RecordedCall], Tensor]):
     """Makes each block return replace(index, hidden states, other arguments), in the form its own forward returns."""
-    wraps_in_tuple: list[bool] = []  # some models index a block's output, so its form must be kept
+    wrappers: list[Callable] = []  # some models index a block's output, so its form must be kept
 
     def install(index: int, block: nn.Module):
         original = block.forward
@@ -315,10 +316,11 @@ def _replaced_forwards(blocks: nn.ModuleList, replace: Callable[[int, Tensor, Re
             hidden = args[0] if args else kwargs[keyword]
             rest = {key: value for key, value in kwargs.items() if key != keyword}
             output = replace(index, hidden, RecordedCall(args[1:], rest, keyword))
-            if not wraps_in_tuple:
+            if not wrappers:
                 with torch.no_grad():
-                    wraps_in_tuple.append(isinstance(original(*args, **kwargs), tuple))
-            return (output,) if wraps_in_tuple[0] else output
+                    form = type(original(*args, **kwargs))
+                wrappers.append((lambda state: form((state,))) if form in (tuple, list) else (lambda state: state))
+            return wrappers[0](output)
 
         block.forward = forward
 
@@ -375,8 +377,9 @@ def record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: 
         for start in range(0, len(tokens), batch_size):
             forward(tokens[start : start + batch_size])
         start = None
-        if 1 not in times_recorded:
-            forward(tokens[:1])
+        for sample in range(min(2, len(tokens))):
+            if times_recorded.get(1, 0) < 2:
+                forward(tokens[sample : sample + 1])
     missing = [index for index, by_size in enumerate(calls) if not by_size]
     if missing or hidden_states is None:
         raise UnsupportedLayoutError(

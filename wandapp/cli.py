@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from wandapp import __version__
+from wandapp import __version__, cli_packed
 from wandapp.config import PruneConfig
 from wandapp.console import Output, fail
 from wandapp.errors import WandappError
@@ -30,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_packed.commands)
 
 
 def main() -> None:
@@ -224,14 +225,18 @@ def verify_command(
     json_only: Json = False,
 ) -> None:
     """Check that every linear map holds the pattern; exit 1 and name the first place where one does not."""
-    from wandapp.models import load_model
-    from wandapp.verify import verify_model
+    from wandapp.models import is_packed, load_model
+    from wandapp.verify import verify_model, verify_packed
 
     output = Output(json_only)
     if sparsity is None:
         recipe = PruneConfig.from_yaml(folder / "wandapp" / "recipe.yaml")
         sparsity, skip = recipe.sparsity, skip or recipe.skip
-    report = verify_model(load_model(str(folder)).model, sparsity, skip=tuple(skip or ()))
+    skip = tuple(skip or ())
+    if is_packed(folder):
+        report = verify_packed(folder, sparsity, skip=skip)
+    else:
+        report = verify_model(load_model(str(folder)).model, sparsity, skip=skip)
     verdict = f"ok: {report.linears} linear maps hold {sparsity}" if report.ok else f"failed: {report.first_offence}"
     output.result(f"{verdict} (sparsity {report.sparsity:.4f})")
     output.finish(

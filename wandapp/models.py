@@ -14,7 +14,7 @@ import sys
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.utils import logging as transformers_logging
 
 from wandapp.errors import WandappError
 
 MAX_SHARD_SIZE = "5GB"  # small enough for every file system and for a download that resumes
+MAX_BUFFER_BYTES = 64 << 20  # of what a model computes from its config; rotary frequencies take a few kilobytes
+PACKED_MANIFEST = "wandapp/packed.json"  # in the folder of a packed checkpoint
 _HUB = "https://huggingface.co"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -122,7 +126,7 @@ def _locate(reference: str) -> tuple[str, str | None]:
         _require_gguf(path)
         return str(path.parent), path.name
     if path.is_dir():
-        _require_safetensors(path)
+        checkpoint_files(path)
         return str(path), None
     if path.exists():
         raise WandappError(f"{reference}: not a model; give a folder, a .gguf file, a hub id or smollm2")
@@ -149,10 +153,14 @@ def _require_gguf(path: Path) -> None:
         raise WandappError(f"{path}: a .gguf file starts with the bytes GGUF, got {magic!r}; download it again")
 
 
-def _require_safetensors(folder: Path) -> None:
-    """Every weight file of the folder is present, safetensors and complete."""
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The weight files of a dense checkpoint, after a check that each is present, safetensors and complete."""
     if not (folder / "config.json").is_file():
         raise WandappError(f"{folder}: a model folder holds config.json, and this one does not; check the path")
+    if is_packed(folder):
+        raise WandappError(
+            f"{folder}: a packed checkpoint; read it with wandapp.load_sparse, or wandapp unpack it first"
+        )
     shards = _listed_shards(folder)
     if not shards and (pickles := [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
         raise WandappError(
@@ -168,6 +176,7 @@ def _require_safetensors(folder: Path) -> None:
         except (SafetensorError, OSError) as error:
             reason = "no such file" if isinstance(error, FileNotFoundError) else error
             raise WandappError(f"{shard}: corrupt or incomplete safetensors file ({reason}); fetch it again") from None
+    return shards
 
 
 def _listed_shards(folder: Path) -> list[Path]:
@@ -261,8 +270,94 @@ def _forget_quantisation(model: nn.Module) -> None:
         model.hf_quantizer = None
 
 
+def is_packed(folder: str | Path) -> bool:
+    """Whether `folder` holds a packed checkpoint, which `load_model` refuses and `wandapp.load_sparse` reads."""
+    return (Path(folder) / PACKED_MANIFEST).is_file()
+
+
+def skeleton(folder: str | Path, *, dtype: torch.dtype | None = None, max_blocks: int | None = None) -> nn.Module:
+    """The model that the folder's config.json describes, in eval mode, with every tensor on the meta device.
+
+    dtype       of its parameters; None: the config's own
+    max_blocks  a config that asks for more decoder blocks is refused, since each costs memory even without weights
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        blocks = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
+        if max_blocks is not None and blocks > max_blocks:
+            raise WandappError(f"{folder}: config.json asks for {blocks} blocks, the weights hold at most {max_blocks}")
+        with _quiet_transformers(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    except WandappError:
+        raise
+    except _LOAD_ERRORS as error:
+        raise WandappError(_why_not_loaded(str(folder), error)) from error
+    return model.eval().requires_grad_(False)
+
+
+def module_names(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, str | None]:
+    """Name inside `model` of each checkpoint tensor; None where the model holds it merged with others (experts)."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [transform for transform in mapping if not isinstance(transform, WeightConverter)]
+    converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
+    own, prefix = model.state_dict(), model.base_model_prefix
+    found = {name: rename_source_key(name, renamings, converters, prefix, own) for name in tensor_names}
+    return {name: None if merged_by else renamed for name, (renamed, merged_by) in found.items()}
+
+
+def fill_skeleton(model: nn.Module, folder: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Gives a skeleton its weights, by name inside the model, and what no checkpoint stores: buffers and ties.
+
+    raises  WandappError when a weight is missing, does not belong to the model or has another shape
+    """
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        if name not in own:
+            raise WandappError(
+                f"{folder}: the tensor {name} does not belong to {type(model).__name__}; check config.json"
+            )
+        if tensor.shape != own[name].shape:
+            raise WandappError(
+                f"{folder}: {name} has shape {list(tensor.shape)}, config.json asks for {list(own[name].shape)}"
+            )
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    if missing := sorted(name for name, value in model.state_dict().items() if value.is_meta):
+        raise WandappError(f"{folder}: {len(missing)} weights of the model are missing, the first is {missing[0]}")
+    _compute_buffers(model, folder)
+    if (Path(folder) / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        except _LOAD_ERRORS as error:
+            raise WandappError(_why_not_loaded(str(folder), error)) from error
+
+
+@torch.no_grad()
+def _compute_buffers(model: nn.Module, folder: str | Path) -> None:
+    """Rotary frequencies and the like, which the model computes from its config."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # transformers' sign that a parameter is not to be drawn at random
+    for module in model.modules():
+        absent = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in absent:
+            buffer = getattr(module, name)
+            if buffer.nbytes > MAX_BUFFER_BYTES:
+                raise WandappError(f"{folder}: config.json asks for a {type(module).__name__} of {buffer.nbytes} bytes")
+            setattr(
+                module, name, torch.full_like(buffer, float("nan") if buffer.is_floating_point() else 0, device="cpu")
+            )
+        if absent:
+            model._init_weights(module)
+
+
+def load_tokenizer(folder: str | Path) -> Any | None:
+    """The tokenizer whose files lie in `folder`, or None where there are none."""
+    with _quiet_transformers():
+        return _load_tokenizer(str(folder), str(folder), None, True)
+
+
 def check_output(out: str | Path, overwrite: bool = False) -> None:
-    """Raise unless `save_pruned` can write there. Call it before the expensive work; it leaves nothing behind."""
+    """Raise unless `output_folder` can write there. Call it before the expensive work; it leaves nothing behind."""
     out = Path(out)
     if out.exists() and not overwrite:
         raise WandappError(f"{out}: the output folder exists already; choose another --out or give --overwrite")
@@ -281,15 +376,13 @@ def check_output(out: str | Path, overwrite: bool = False) -> None:
         ) from None
 
 
-def save_pruned(
-    model: nn.Module, tokenizer: Any | None, out: str | Path, *, files: dict[str, str], overwrite: bool = False
-) -> None:
-    """Write an ordinary Hugging Face checkpoint, complete or not at all.
+@contextmanager
+def output_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A new folder OUT.partial that becomes `out` when the body ends: complete, or not at all.
 
-    Everything is written to OUT.partial and flushed to the disk; the last step is a rename. An older OUT (with
-    `overwrite`) stays until then. A failure removes OUT.partial and leaves OUT as it was.
+    Its files are flushed to the disk before the last step, a rename. An older OUT (with `overwrite`) stays until then.
+    A failure removes OUT.partial and leaves OUT as it was.
 
-    files   more text files by relative path, such as "wandapp/recipe.yaml"
     raises  WandappError where `out` exists without `overwrite`, or the disk refuses
     """
     out = Path(out)
@@ -298,20 +391,37 @@ def save_pruned(
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir(parents=True)
-        with _quiet_transformers():
-            model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-        for name, text in files.items():
-            path = partial / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+        yield partial
         _flush_to_disk(*partial.rglob("*"), partial)
         _put_in_place(partial, out)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own class
         raise WandappError(f"{out}: the checkpoint could not be written ({error}); choose another --out") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_pruned(
+    model: nn.Module, tokenizer: Any | None, out: str | Path, *, files: dict[str, str], overwrite: bool = False
+) -> None:
+    """Write an ordinary Hugging Face checkpoint, complete or not at all (see `output_folder`).
+
+    files   more text files by relative path, such as "wandapp/recipe.yaml"
+    raises  WandappError where `out` exists without `overwrite`, or the disk refuses
+    """
+    with output_folder(out, overwrite) as partial:
+        with _quiet_transformers():
+            model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+        write_files(partial, files)
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    """Write text files by relative path."""
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def _flush_to_disk(*paths: Path) -> None:

@@ -160,7 +160,7 @@ def _frozen(model: nn.Module):
     if experts is not None:
         model.config._experts_implementation = "eager"
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         if experts is not None:

@@ -87,10 +87,10 @@ class ModelStore:
 
 def _attention_flops_per_token(config, seq_len: int) -> float:
     """Q K^T and P V of one block for one token, over the whole square as torch's FLOP counter counts it: 4 * T * heads * d."""
-    config = config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or getattr(config, "n_head", 0)
-    hidden = getattr(config, "hidden_size", 0)
-    head_size = getattr(config, "head_dim", None) or (hidden // heads if heads else 0)
+    fields = config.get_text_config().to_dict()
+    heads = fields.get("num_attention_heads") or fields.get("n_head") or 0
+    hidden = fields.get("hidden_size") or fields.get("n_embd") or 0
+    head_size = fields.get("head_dim") or (hidden // heads if heads else 0)
     return 4.0 * seq_len * heads * head_size
 
 

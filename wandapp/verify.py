@@ -1,11 +1,15 @@
 """Does a checkpoint hold its pattern? Counts and checks every prunable linear map."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from wandapp.blocks import LinearView
+from wandapp.packed import PackedCheckpoint
+from wandapp.packing import prunable_tensors
 from wandapp.pattern import SparsityPattern
 from wandapp.store import ModelStore
 
@@ -38,16 +42,33 @@ def verify_model(model: nn.Module, pattern: SparsityPattern | str, skip: tuple[s
     """
     pattern = SparsityPattern.parse(pattern)
     store = ModelStore(model, pattern, skip=tuple(skip), device=torch.device("cpu"))
-    views = [view for linears in store.linears for view in linears.values()]
-    zeros = weights = negative = 0
+    return _verify(((view, view.weight) for linears in store.linears for view in linears.values()), pattern)
+
+
+def verify_packed(folder: str | Path, pattern: SparsityPattern | str, skip: tuple[str, ...] = ()) -> VerifyReport:
+    """`verify_model` for a packed checkpoint, one tensor at a time; linear maps that it holds dense are checked too."""
+    pattern = SparsityPattern.parse(pattern)
+    checkpoint = PackedCheckpoint(folder)
+    _, _, views = prunable_tensors(checkpoint.folder, checkpoint.tensors, tuple(skip))
+
+    def weights() -> Iterator[tuple[LinearView, Tensor]]:
+        for tensor, its_views in views.items():
+            stored = checkpoint.read_tensor(tensor)
+            yield from ((view, view.of(stored)) for view in its_views)
+
+    return _verify(weights(), pattern)
+
+
+def _verify(weights: Iterable[tuple[LinearView, Tensor]], pattern: SparsityPattern) -> VerifyReport:
+    linears = zeros = count = negative = 0
     first = None
-    for view in views:
-        weight = view.weight
+    for view, weight in weights:
+        linears += 1
         zeros += int((weight == 0).sum())
         negative += int(((weight == 0) & torch.signbit(weight)).sum())
-        weights += weight.numel()
+        count += weight.numel()
         first = first or offence(view, weight, pattern)
-    return VerifyReport(first is None, str(pattern), len(views), zeros, weights, negative, first)
+    return VerifyReport(first is None, str(pattern), linears, zeros, count, negative, first)
 
 
 def offence(view: LinearView, weight: Tensor, pattern: SparsityPattern) -> str | None:

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from wandapp.kernels.pack import Packed, check_packed
 
 from wandapp.kernels import dispatch
 from wandapp.kernels.checks import require
+from wandapp.kernels.pack import Packed, check_packed
 
 
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:

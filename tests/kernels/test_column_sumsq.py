@@ -1,8 +1,8 @@
 import pytest
 import torch
-from wandapp.kernels.column_sumsq import column_sumsq
 
 from wandapp.errors import WandappError
+from wandapp.kernels.column_sumsq import column_sumsq
 
 
 def oracle(x):

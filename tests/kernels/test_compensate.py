@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from wandapp.kernels.compensate import compensate_block_
 
 from wandapp.errors import NonFiniteScoreError, WandappError
+from wandapp.kernels.compensate import compensate_block_
 
 
 def factor_of(width):

@@ -8,9 +8,9 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
-from wandapp.kernels.pack import Packed, pack, unpack
 
 from wandapp.errors import WandappError
+from wandapp.kernels.pack import Packed, pack, unpack
 from wandapp.kernels.semi_structured import cutlass_layout, ordered_blob, to_torch_semi_structured
 
 

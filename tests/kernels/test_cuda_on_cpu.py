@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+import wandapp
+from wandapp.errors import BackendUnavailableError
 from wandapp.kernels.pack import Packed
 from wandapp.kernels.pack.cuda import pack_cuda
 from wandapp.kernels.pack.reference import pack_reference, unpack_reference
 from wandapp.kernels.sparse_linear.cuda import sparse_linear_cuda
-
-import wandapp
-from wandapp.errors import BackendUnavailableError
 
 ROOT = Path(__file__).parents[2]
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from wandapp.kernels.pack import pack
-from wandapp.kernels.sparse_linear import sparse_linear
 
 from wandapp.errors import TooManyNonZerosError
 from wandapp.kernels import dispatch
+from wandapp.kernels.pack import pack
+from wandapp.kernels.sparse_linear import sparse_linear
 
 OBSTACLE = dispatch.unavailable("pack", "cuda", "cuda") if torch.cuda.is_available() else "there is no GPU"
 pytestmark = pytest.mark.skipif(bool(OBSTACLE), reason=f"the CUDA kernels cannot run here: {OBSTACLE}")

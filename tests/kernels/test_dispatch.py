@@ -3,11 +3,11 @@ import sys
 
 import pytest
 import torch
-from wandapp.kernels.select import select_nm
 
 from wandapp import _C
 from wandapp.errors import BackendUnavailableError
 from wandapp.kernels import FUNCTIONS, dispatch
+from wandapp.kernels.select import select_nm
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wandapp.kernels.pack import Packed, pack, unpack
 
 from wandapp.errors import TooManyNonZerosError, WandappError
+from wandapp.kernels.pack import Packed, pack, unpack
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (4, 8), (8, 16), (3, 5), (1, 1), (24, 32), (7, 40)]
 SHAPES = [(0, 16), (7, 0), (1, 1), (4, 37), (3, 48), (2, 4097), (33, 64)]

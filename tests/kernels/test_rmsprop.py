@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from wandapp.kernels.rmsprop import rmsprop_
-from wandapp.kernels.rmsprop.cpu import rmsprop_cpu
 
 from wandapp import _C
 from wandapp.errors import WandappError
+from wandapp.kernels.rmsprop import rmsprop_
+from wandapp.kernels.rmsprop.cpu import rmsprop_cpu
 
 ISAS = [isa for isa in ("portable", "avx2", "avx512") if _C.isa_runs_here(isa)]
 # Seven fp32 roundings, and 1 - decay formed in fp32 (relative error 1e-6 at 0.99); the last subtraction may cancel, so

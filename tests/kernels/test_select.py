@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from wandapp.kernels.select import prune_nm_, prune_rows_, select_nm, select_rows
 
 from wandapp.errors import NonFiniteScoreError, WandappError
 from wandapp.kernels.bitmask import pack_bits, unpack_bits
+from wandapp.kernels.select import prune_nm_, prune_rows_, select_nm, select_rows
 
 SHAPES = [(0, 16), (7, 0), (1, 1), (4, 37), (3, 48), (2, 4097), (33, 64)]
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
+
+from wandapp.errors import WandappError
 from wandapp.kernels.pack import Packed, pack
 from wandapp.kernels.select import prune_nm_
 from wandapp.kernels.sparse_linear import sparse_linear
-
-from wandapp.errors import WandappError
 
 # One rounding of the output to its type, and fp32 sums of up to 4097 products.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}

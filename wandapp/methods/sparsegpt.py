@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from wandapp.blocks import DecoderBlock, LinearView
-from wandapp.errors import WandappError
+from wandapp.errors import NonFiniteScoreError, WandappError
 from wandapp.kernels.compensate import compensate_block_
 from wandapp.kernels.select import select_rows
 from wandapp.methods.base import BlockRecord, Method, ScoreTerms
@@ -45,7 +45,10 @@ class SparseGPT(Method):
             weight = view.weight.float().contiguous()
             dead = measured.hessians[view.name].value.diagonal() == 0
             weight[:, dead] = 0.0
-            solve_(weight, factor, pattern)
+            try:
+                solve_(weight, factor, pattern)
+            except NonFiniteScoreError as error:
+                raise WandappError(f"{view.name}: {error}") from None
             block.flops += weight.shape[0] * weight.shape[1] ** 2  # 2 per row and pair of columns c < c'
             if not torch.isfinite(weight).all():
                 raise WandappError(f"{view.name}: SparseGPT's compensated weights are not finite; raise --damping")
