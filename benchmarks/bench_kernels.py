@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from wandapp import _C
 from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.kernels.compensate import compensate_block_
+from wandapp.kernels.native import DTYPE_CODES
 from wandapp.kernels.pack import pack, unpack
 from wandapp.kernels.select import prune_nm_, prune_rows_, select_nm, select_rows
 from wandapp.kernels.sparse_linear import sparse_linear
-
-from wandapp import _C
-from wandapp.kernels.native import DTYPE_CODES
 
 
 def cpu_name() -> str:

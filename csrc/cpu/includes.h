@@ -14,6 +14,10 @@
 #include <immintrin.h>
 #endif
 
+// For the body of a loop over chunks, where a call would spill every vector register.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+#define NEVER_INLINE __attribute__((noinline))
+
 #include "cpu/first_offender.h"
 #include "cpu/half.h"
 #include "cpu/kernels.h"

@@ -36,7 +36,7 @@ struct Avx512 {
     high = expand16<guarded>(values + count, mask >> 16);
   }
   static void spread16(const float* values, uint32_t mask, float* to) {
-    _mm512_storeu_ps(to, _mm512_maskz_expand_ps(__mmask16(mask), load(values)));
+    _mm512_storeu_ps(to, _mm512_maskz_expand_ps(__mmask16(mask), in_register(load(values))));
   }
   template <class T>
   static void spread16(const T* values, uint32_t mask, T* to) {
@@ -84,18 +84,25 @@ struct Avx512 {
   }
 
  protected:
+  // The expand instructions are much slower on memory than on a register, and compilers fold the load into them.
+  template <class Vector>
+  static Vector in_register(Vector vector) {
+    asm("" : "+v"(vector));
+    return vector;
+  }
+
   // A mask of the lowest lanes for as many values as `mask` has bits.
   static uint32_t lanes_of_count(uint32_t mask) { return _bzhi_u32(~0u, __builtin_popcount(mask)); }
 
   template <bool guarded>
   static Floats expand16(const float* values, uint32_t mask) {
     const Floats next = guarded ? _mm512_maskz_loadu_ps(__mmask16(lanes_of_count(mask)), values) : load(values);
-    return _mm512_maskz_expand_ps(__mmask16(mask), next);
+    return _mm512_maskz_expand_ps(__mmask16(mask), in_register(next));
   }
   // Widening first needs only AVX-512F: vpexpandw is younger.
   template <bool guarded, class T>
   static Floats expand16(const T* values, uint32_t mask) {
-    if (!guarded) return _mm512_maskz_expand_ps(__mmask16(mask), load(values));
+    if (!guarded) return _mm512_maskz_expand_ps(__mmask16(mask), in_register(load(values)));
     T padded[16];
     const __m256i next = _mm256_maskz_loadu_epi16(__mmask16(lanes_of_count(mask)), values);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(padded), next);
@@ -162,7 +169,7 @@ struct Avx512Vbmi2 : Avx512 {
   template <bool guarded, class T>
   static __m512i expand32(const T* values, uint32_t mask) {
     const __m512i next = guarded ? _mm512_maskz_loadu_epi16(lanes_of_count(mask), values) : _mm512_loadu_si512(values);
-    return _mm512_maskz_expand_epi16(mask, next);
+    return _mm512_maskz_expand_epi16(mask, in_register(next));
   }
 };
 #endif

@@ -1,13 +1,12 @@
-// A small pool of threads that lives as long as the process. Starting threads per call would cost more than a small
-// matrix-vector product takes.
+// Threads come from the OpenMP runtime that the process already has, normally torch's. Its threads keep spinning for a
+// while after each torch operation; threads of our own would have to compete with them for the same cores.
 #include "cpu/parallel.h"
 
-#include <pthread.h>
+#include <dlfcn.h>
 
 #include <atomic>
-#include <condition_variable>
-#include <mutex>
 #include <thread>
+#include <vector>
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -31,12 +30,6 @@ class KeepDenormals {
 #endif
 };
 
-inline void pause_briefly() {
-#ifdef __x86_64__
-  _mm_pause();
-#endif
-}
-
 struct Job {
   int64_t tasks;
   void (*call)(void*, int64_t);
@@ -49,74 +42,28 @@ struct Job {
   }
 };
 
-class Pool {
- public:
-  void run(Job& job, int helpers) {
-    std::lock_guard<std::mutex> one_caller(calls_);
-    {
-      std::lock_guard<std::mutex> lock(state_);
-      while (started_ < helpers) {
-        std::thread(&Pool::help, this, generation_.load()).detach();
-        started_++;
-      }
-      job_ = &job;
-      seats_ = helpers;
-      generation_++;
-    }
-    wake_.notify_all();
-    job.work();
-    std::unique_lock<std::mutex> lock(state_);
-    job_ = nullptr;  // helpers that have not sat down yet stay away
-    idle_.wait(lock, [&] { return busy_ == 0; });
-  }
+void work_on(void* job) { static_cast<Job*>(job)->work(); }
 
- private:
-  void help(uint64_t seen) {
-    for (;;) {
-      // A decode loop calls again within microseconds: look for that long before sleeping.
-      for (int spin = 0; spin < 2000 && generation_.load(std::memory_order_acquire) == seen; spin++) pause_briefly();
-      std::unique_lock<std::mutex> lock(state_);
-      wake_.wait(lock, [&] { return generation_ != seen; });
-      seen = generation_;
-      if (job_ == nullptr || seats_ == 0) continue;
-      Job* job = job_;
-      seats_--;
-      busy_++;
-      lock.unlock();
-      job->work();
-      lock.lock();
-      if (--busy_ == 0) idle_.notify_one();
-    }
-  }
+// The entry point behind `#pragma omp parallel` of gcc, which LLVM's runtime offers too. Found by name and not linked,
+// because torch ships its own copy of the library under another file name.
+using OpenmpParallel = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
 
-  std::mutex calls_, state_;
-  std::condition_variable wake_, idle_;
-  std::atomic<uint64_t> generation_{0};
-  Job* job_ = nullptr;
-  int started_ = 0, seats_ = 0, busy_ = 0;
-};
-
-// Never deleted: detached helpers still wait in it when the process ends.
-Pool* pool = nullptr;
-
-Pool& shared_pool() {
-  static bool made = [] {
-    pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });  // threads do not survive a fork
-    return true;
-  }();
-  (void)made;
-  return *pool;
+OpenmpParallel openmp_of_process() {
+  static const auto found = reinterpret_cast<OpenmpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
 }
 
 }  // namespace
 
 void run_parallel(int64_t tasks, int threads, void (*call)(void*, int64_t), void* body) {
-  if (tasks <= 0) return;
   Job job{tasks, call, body};
-  int64_t helpers = (threads < tasks ? threads : tasks) - 1;
-  if (helpers <= 0) return job.work();
-  shared_pool().run(job, int(helpers));
+  const int64_t workers = threads < tasks ? threads : tasks;
+  if (workers <= 1) return job.work();
+  if (OpenmpParallel openmp = openmp_of_process()) return openmp(work_on, &job, unsigned(workers), 0);
+  std::vector<std::thread> helpers;
+  for (int64_t i = 1; i < workers; i++) helpers.emplace_back(work_on, &job);
+  job.work();
+  for (std::thread& helper : helpers) helper.join();
 }
 
 }  // namespace wandapp

@@ -36,48 +36,55 @@ struct Tile {
 inline uint32_t lanes_below(int64_t count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
 
 template <class Lanes, class T>
-typename Lanes::Bits score16(const T* weight, const float* scale, const float* gradient, float alpha) {
+ALWAYS_INLINE typename Lanes::Bits score16(const T* weight, const float* scale, const float* gradient, float alpha) {
   typename Lanes::Floats factor = scale ? Lanes::load(scale) : Lanes::fill(1);
   if (gradient) factor = Lanes::add(Lanes::mul(Lanes::fill(alpha), Lanes::load(gradient)), factor);
   return Lanes::magnitude(Lanes::mul(Lanes::load(weight), factor));
 }
 
-// Score bits of columns c..c+15; beyond the tile they are 0.
+// Score bits of columns c..c+15; beyond the tile they are 0. The part tile is a call, to keep the loop around it short.
 template <class Lanes, class T>
-typename Lanes::Bits score_at(const Tile<T>& tile, int64_t c) {
-  const float* scale = tile.scale ? tile.scale + c : nullptr;
-  const float* gradient = tile.gradient ? tile.gradient + c : nullptr;
+NEVER_INLINE typename Lanes::Bits score_tail(const Tile<T>& tile, int64_t c) {
   const int64_t count = tile.cols - c;
-  if (count >= 16) return score16<Lanes>(tile.weight + c, scale, gradient, tile.alpha);
   T weights[16] = {};
   float scales[16] = {}, gradients[16] = {};
   std::copy_n(tile.weight + c, count, weights);
-  if (scale) std::copy_n(scale, count, scales);
-  if (gradient) std::copy_n(gradient, count, gradients);
-  return score16<Lanes>(weights, scale ? scales : nullptr, gradient ? gradients : nullptr, tile.alpha);
+  if (tile.scale) std::copy_n(tile.scale + c, count, scales);
+  if (tile.gradient) std::copy_n(tile.gradient + c, count, gradients);
+  return score16<Lanes>(weights, tile.scale ? scales : nullptr, tile.gradient ? gradients : nullptr, tile.alpha);
 }
 
 template <class Lanes, class T>
-void write_choice(const Tile<T>& tile, int64_t c, uint32_t keep) {
+ALWAYS_INLINE typename Lanes::Bits score_at(const Tile<T>& tile, int64_t c) {
+  if (tile.cols - c < 16) return score_tail<Lanes>(tile, c);
+  const float* scale = tile.scale ? tile.scale + c : nullptr;
+  const float* gradient = tile.gradient ? tile.gradient + c : nullptr;
+  return score16<Lanes>(tile.weight + c, scale, gradient, tile.alpha);
+}
+
+template <class Lanes, class T>
+NEVER_INLINE void write_tail(const Tile<T>& tile, int64_t c, uint32_t keep) {
   const int64_t count = tile.cols - c;
-  if (count >= 16) {
-    if (!tile.in_place) return Lanes::store_bools(tile.mask + c, keep);
-    Lanes::zero_removed(tile.weight + c, keep);
-    std::memcpy(tile.mask + c / 8, &keep, 2);
-    return;
-  }
   keep &= lanes_below(count);
-  uint8_t bools[16];
-  T weights[16] = {};
   if (!tile.in_place) {
+    uint8_t bools[16];
     Lanes::store_bools(bools, keep);
     std::copy_n(bools, count, tile.mask + c);
     return;
   }
+  T weights[16] = {};
   std::copy_n(tile.weight + c, count, weights);
   Lanes::zero_removed(weights, keep);
   std::copy_n(weights, count, tile.weight + c);
   std::memcpy(tile.mask + c / 8, &keep, (count + 7) / 8);
+}
+
+template <class Lanes, class T>
+ALWAYS_INLINE void write_choice(const Tile<T>& tile, int64_t c, uint32_t keep) {
+  if (tile.cols - c < 16) return write_tail<Lanes>(tile, c, keep);
+  if (!tile.in_place) return Lanes::store_bools(tile.mask + c, keep);
+  Lanes::zero_removed(tile.weight + c, keep);
+  std::memcpy(tile.mask + c / 8, &keep, 2);
 }
 
 // Lane of the first score that is NaN or Inf, or -1.

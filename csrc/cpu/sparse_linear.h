@@ -26,6 +26,9 @@ std::vector<float> arrange_tokens(const T* x, int64_t tokens, int64_t cols) {
   return arranged;
 }
 
+// The hardware's prefetcher stops at every page of 4 KiB, and the values are one long stream over all rows.
+constexpr int64_t kPrefetchBytes = 4096;
+
 // sums[t] = the row's product with token t.
 template <class Lanes, int tokens, bool guarded, class T>
 void multiply_row(const T* values, const uint8_t* row_mask, int64_t cols, const float* x, int64_t x_stride, float* sums) {
@@ -33,6 +36,7 @@ void multiply_row(const T* values, const uint8_t* row_mask, int64_t cols, const 
   for (int t = 0; t < tokens; t++) low_sum[t] = high_sum[t] = Lanes::fill(0);
   auto add = [&](int64_t c, uint32_t mask) {
     typename Lanes::Floats low, high;
+    __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
     Lanes::template expand<guarded>(values, mask, low, high);
     values += count_bits(mask);
     for (int t = 0; t < tokens; t++) {
@@ -113,7 +117,9 @@ void dense_linear_of(const T* weight, int64_t rows, int64_t cols, const LinearAr
       typename Lanes::Floats sums[4] = {Lanes::fill(0), Lanes::fill(0), Lanes::fill(0), Lanes::fill(0)};
       for (int64_t c = 0; c < cols; c += 64) {
         for (int i = 0; i < 4; i++) {
-          sums[i] = Lanes::add_product(sums[i], Lanes::load(weight + row * cols + c + 16 * i), Lanes::load(&x[c + 16 * i]));
+          const T* next = weight + row * cols + c + 16 * i;
+          __builtin_prefetch(reinterpret_cast<const char*>(next) + kPrefetchBytes);
+          sums[i] = Lanes::add_product(sums[i], Lanes::load(next), Lanes::load(&x[c + 16 * i]));
         }
       }
       const float sum = Lanes::total(Lanes::add(Lanes::add(sums[0], sums[1]), Lanes::add(sums[2], sums[3])));

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+
 from wandapp.kernels.select.reference import first_nonfinite, largest
 
 

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from wandapp.kernels.pack import Packed
 
 from wandapp import _C
 from wandapp.kernels.native import DTYPE_CODES, address, instruction_set
+from wandapp.kernels.pack import Packed
 
 
 def pack_cpu(
@@ -26,15 +26,14 @@ def pack_cpu(
 
 
 def unpack_cpu(packed: Packed, *, isa: str | None = None) -> Tensor:
-    return unpack_rows(packed, 0, packed.shape[0], isa=isa)
+    return unpack_rows(packed, 0, packed.shape[0], packed.values.new_empty(packed.shape), isa=isa)
 
 
-def unpack_rows(packed: Packed, first_row: int, end_row: int, *, isa: str | None = None) -> Tensor:
-    """Dense rows first_row..end_row - 1."""
-    dense = packed.values.new_empty(end_row - first_row, packed.shape[1])
+def unpack_rows(packed: Packed, first_row: int, end_row: int, out: Tensor, *, isa: str | None = None) -> Tensor:
+    """`out`, after dense rows first_row..end_row - 1 were written to it."""
     weight = packed_weight(packed)
-    _C.unpack(weight, first_row, end_row, address(dense), torch.get_num_threads(), instruction_set(isa))
-    return dense
+    _C.unpack(weight, first_row, end_row, address(out), torch.get_num_threads(), instruction_set(isa))
+    return out
 
 
 def packed_weight(packed: Packed) -> _C.PackedWeight:

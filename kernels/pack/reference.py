@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from wandapp.kernels.pack import Packed
-from wandapp.kernels.select.reference import largest
 
 from wandapp.kernels.bitmask import pack_bits, unpack_bits
+from wandapp.kernels.pack import Packed
+from wandapp.kernels.select.reference import largest
 
 
 def pack_reference(weight: Tensor, *, n: int | None, m: int | None) -> tuple[Tensor, Tensor, Tensor | None, int]:

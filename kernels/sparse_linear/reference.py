@@ -1,6 +1,7 @@
 """sparse_linear, literally: the dense product in fp32."""
 
 from torch import Tensor
+
 from wandapp.kernels.pack import Packed
 from wandapp.kernels.pack.reference import unpack_reference
 
