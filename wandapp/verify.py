@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wandapp.blocks import LinearView
+from wandapp.errors import WandappError
 from wandapp.packed import PackedCheckpoint
 from wandapp.packing import prunable_tensors
 from wandapp.pattern import SparsityPattern
@@ -53,7 +54,9 @@ def verify_packed(folder: str | Path, pattern: SparsityPattern | str, skip: tupl
 
     def weights() -> Iterator[tuple[LinearView, Tensor]]:
         for tensor, its_views in views.items():
-            stored = checkpoint.read_tensor(tensor)
+            stored, expected = checkpoint.read_tensor(tensor), its_views[0].parameter.shape
+            if stored.shape != expected:
+                raise WandappError(f"{folder}: {tensor} is {list(stored.shape)}, config.json asks for {list(expected)}")
             yield from ((view, view.of(stored)) for view in its_views)
 
     return _verify(weights(), pattern)

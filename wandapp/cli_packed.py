@@ -1,0 +1,77 @@
+"""The commands around packed checkpoints: pack, unpack, bench inference."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wandapp.console import Output
+
+Json = Annotated[bool, typer.Option("--json", help="last line of stdout is one JSON object; all else goes to stderr")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a folder that wandapp wrote")]
+
+commands = typer.Typer()
+
+
+@commands.command("pack")
+def pack_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    out: Annotated[Path, typer.Argument(help="folder for the packed checkpoint")],
+    sparsity: Annotated[str | None, typer.Option(help="pattern it holds; left out: the folder's own recipe")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="regular expression of linear maps kept dense")] = None,
+    overwrite: Overwrite = False,
+    json_only: Json = False,
+) -> None:
+    """Store a pruned checkpoint as kept weights and bitmasks, about half the size."""
+    output = Output(json_only)
+    output.finish(pack_and_show(folder, out, output, sparsity, tuple(skip) if skip else None, overwrite))
+
+
+def pack_and_show(
+    folder: Path,
+    out: Path,
+    output: Output,
+    sparsity: str | None = None,
+    skip: tuple[str, ...] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Pack `folder` into `out`, showing the file in work and then the sizes; the figures."""
+    from wandapp.packing import pack_checkpoint
+
+    with output.progress("packing: file") as update:
+        summary = pack_checkpoint(folder, out, sparsity=sparsity, skip=skip, overwrite=overwrite, on_progress=update)
+    if summary.negative_zeros:
+        output.warn(f"{summary.negative_zeros} weights were -0.0; unpacked they are +0.0")
+    return _show(summary, out, output)
+
+
+@commands.command("unpack")
+def unpack_command(
+    packed: Annotated[Path, typer.Argument(help="folder of a packed checkpoint")],
+    out: Annotated[Path, typer.Argument(help="folder for the dense checkpoint")],
+    overwrite: Overwrite = False,
+    json_only: Json = False,
+) -> None:
+    """Restore the dense checkpoint that was packed, bit for bit."""
+    from wandapp.packing import unpack_checkpoint
+
+    output = Output(json_only)
+    with output.progress("unpacking: file") as update:
+        summary = unpack_checkpoint(packed, out, overwrite=overwrite, on_progress=update)
+    output.finish(_show(summary, out, output))
+
+
+def _show(summary: Any, out: Path, output: Output) -> dict[str, Any]:
+    output.rows(
+        {
+            "pattern": f"{summary.pattern}, {summary.linears} linear maps packed, {summary.kept_dense} tensors dense",
+            "linear maps": _sizes(summary.linear_dense_bytes, summary.linear_packed_bytes),
+            "all tensors": _sizes(summary.dense_bytes, summary.packed_bytes),
+            "saved": str(out),
+        }
+    )
+    return {"out": str(out), **vars(summary)}
+
+
+def _sizes(dense: int, packed: int) -> str:
+    return f"{dense / 2**20:.1f} MiB dense, {packed / 2**20:.1f} MiB packed ({packed / max(dense, 1):.2%})"

@@ -1,0 +1,256 @@
+"""The packed checkpoint: kept weights and one bit per weight instead of weights and zeros. 2:4 in bf16: 56 % of the bytes.
+
+    config.json, tokenizer, ...              copied from the dense checkpoint
+    wandapp/packed.json                      `Manifest`: version, pattern, files, one entry per packed linear map
+    packed-00001-of-00032.safetensors        one file per decoder block, and one for everything else
+
+A linear map NAME is stored as NAME.values, NAME.bitmask and, when unstructured, NAME.row_offsets (see
+`wandapp.kernels.pack`); all other tensors keep the names they have in the dense checkpoint. Tied weights are stored once.
+
+Reading trusts nothing: every size is checked against the files before memory is taken for it, and every bitmask against
+its values before a kernel sees it. `wandapp.packing` writes.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from wandapp.errors import WandappError
+from wandapp.kernels.pack import Packed, unpack
+from wandapp.models import PACKED_MANIFEST
+from wandapp.pattern import SparsityPattern
+
+FORMAT, VERSION = "wandapp-packed", 1
+MAX_MANIFEST_BYTES = 32 << 20
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I64": torch.int64}
+_READ_DTYPES = _DTYPES | {"F64": torch.float64, "I32": torch.int32, "I8": torch.int8, "BOOL": torch.bool}
+
+
+class PackedLinear(BaseModel):
+    """One packed linear map.
+
+    tensor      its name in the dense checkpoint; `name` is that without ".weight", or with the expert's index appended
+    shape       (out_features, in_features)
+    transposed  True where the dense checkpoint stores [in, out]
+    index       the expert's index where `tensor` is 3-D, else None
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    name: str
+    tensor: str
+    shape: tuple[int, int]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    transposed: bool = False
+    index: int | None = Field(default=None, ge=0)
+
+    @property
+    def parts(self) -> list[str]:
+        return [f"{self.name}.{part}" for part in ("values", "bitmask", "row_offsets")]
+
+
+class Manifest(BaseModel):
+    """What `wandapp/packed.json` holds. `dense` names the tensors that are stored as they were."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    format: Literal[FORMAT]
+    version: Literal[VERSION]
+    pattern: str
+    files: list[str]
+    linears: list[PackedLinear]
+    dense: list[str]
+
+
+class TensorInfo(NamedTuple):
+    path: Path
+    dtype: str  # safetensors' name of it
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _READ_DTYPES[self.dtype].itemsize
+
+
+class TensorFiles:
+    """Tensors of several safetensors files by name, read one at a time.
+
+    raises  WandappError on a file that is no safetensors, is truncated, or repeats another's tensor
+    """
+
+    def __init__(self, paths: Iterable[Path]):
+        self.infos: dict[str, TensorInfo] = {}
+        for path in paths:
+            with _readable(path), safe_open(path, framework="pt") as file:  # the header must describe the file's bytes
+                for name in file.keys():
+                    if name in self.infos:
+                        raise WandappError(f"{path}: the tensor {name} is also in {self.infos[name].path.name}")
+                    part = file.get_slice(name)
+                    self.infos[name] = TensorInfo(path, part.get_dtype(), tuple(part.get_shape()))
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, mapped from its file: memory is only taken for what is looked at, until it is dropped."""
+        path, dtype, shape = self.infos[name]
+        if dtype not in _READ_DTYPES:
+            raise WandappError(f"{path}: {name} has the type {dtype}, which wandapp does not read")
+        with _readable(path), safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+class _readable:
+    """Turns what a damaged file makes its reader raise into one sentence."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, (SafetensorError, OSError)):
+            reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+            raise WandappError(f"{self.path}: corrupt or incomplete ({reason}); fetch or pack it again") from None
+
+
+class PackedCheckpoint:
+    """A packed checkpoint, opened and checked: what its manifest names is there, in the sizes it must have.
+
+    linears   packed linear maps by name
+    tensors   the tensors of the dense checkpoint by name: the linear maps that make it up, none where it is stored dense
+    raises    WandappError naming the file and the rule that is broken
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        manifest = _read_manifest(self.folder / PACKED_MANIFEST)
+        self.pattern = SparsityPattern.parse(manifest.pattern)
+        self.files = TensorFiles(self._path_of(name) for name in manifest.files)
+        self.linears = {linear.name: linear for linear in manifest.linears}
+        self.tensors: dict[str, list[PackedLinear]] = {}
+        for linear in manifest.linears:
+            self.tensors.setdefault(linear.tensor, []).append(linear)
+        self._check_names(manifest)
+        self.tensors |= {name: [] for name in manifest.dense}
+        for linear in manifest.linears:
+            self._check_sizes(linear)
+
+    def read_linear(self, name: str) -> Packed:
+        """The packed linear map `name`, after its bitmask was checked against its values; mapped from the file."""
+        linear = self.linears[name]
+        values, bitmask, *offsets = [self.files.read(part) for part in self._parts(linear)]
+        packed = Packed(values, bitmask, offsets[0] if offsets else None, linear.shape, self._nm)
+        fault = bitmask_fault(packed)
+        if fault:
+            raise WandappError(f"{self.folder}: {name}: {fault}; fetch or pack the checkpoint again")
+        return packed
+
+    def read_tensor(self, name: str) -> Tensor:
+        """The tensor `name` as the dense checkpoint has it; a linear map is unpacked, the rest mapped from the file."""
+        linears = sorted(self.tensors[name], key=lambda linear: linear.index or 0)
+        if not linears:
+            return self.files.read(name)
+        weights = [unpack(self.read_linear(linear.name)) for linear in linears]
+        stored = [weight.T if linears[0].transposed else weight for weight in weights]
+        return stored[0].contiguous() if linears[0].index is None else torch.stack(stored)
+
+    def path_of_tensor(self, name: str) -> Path:
+        """The file that holds it, or its first part."""
+        linears = self.tensors[name]
+        return self.files.infos[linears[0].parts[0] if linears else name].path
+
+    @property
+    def _nm(self) -> tuple[int, int] | None:
+        return (self.pattern.n, self.pattern.m) if self.pattern.is_structured else None
+
+    def _parts(self, linear: PackedLinear) -> list[str]:
+        return linear.parts[:2] if self.pattern.is_structured else linear.parts
+
+    def _path_of(self, name: str) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.safetensors", name):
+            raise WandappError(f"{self.folder}: {PACKED_MANIFEST} names {name!r}, which is no file of this folder")
+        return self.folder / name
+
+    def _check_names(self, manifest: Manifest) -> None:
+        """Every tensor of the files is named once by the manifest, and the other way round."""
+        named = [part for linear in manifest.linears for part in self._parts(linear)] + manifest.dense
+        missing = next((name for name in named if name not in self.files.infos), None)
+        unnamed = next(iter(self.files.infos.keys() - set(named)), None)
+        doubled = len(set(named)) != len(named) or not self.tensors.keys().isdisjoint(manifest.dense)
+        if missing or unnamed or doubled:
+            fault = f"lacks {missing}" if missing else f"holds {unnamed} unnamed" if unnamed else "names a tensor twice"
+            raise WandappError(f"{self.folder}: the packed checkpoint {fault}; fetch or pack it again")
+        for tensor, linears in self.tensors.items():
+            indices = sorted(-1 if linear.index is None else linear.index for linear in linears)
+            alike = len({(linear.shape, linear.dtype, linear.transposed) for linear in linears}) == 1
+            if not alike or indices not in ([-1], list(range(len(linears)))):
+                raise WandappError(f"{self.folder}: the linear maps of {tensor} do not make one tensor; pack it again")
+
+    def _check_sizes(self, linear: PackedLinear) -> None:
+        """The parts have the types and shapes that `linear` promises; the files are known to be as long as that takes."""
+        rows, cols = linear.shape
+        if rows < 1 or cols < 1:
+            raise WandappError(f"{self.folder}: {linear.name} has shape {list(linear.shape)}; both must be positive")
+        self.pattern.require_fit(linear.name, cols)
+        values = (rows, self.pattern.keep(cols)) if self.pattern.is_structured else None
+        for part, dtype, expected in zip(
+            self._parts(linear), (linear.dtype, "uint8", "int64"), (values, (rows, (cols + 7) // 8), (rows + 1,)),
+            strict=False,
+        ):  # fmt: skip
+            _, stored_dtype, shape = self.files.infos[part]
+            found = str(_DTYPES.get(stored_dtype, stored_dtype)).removeprefix("torch.")
+            if found != dtype or (len(shape) != 1 if expected is None else shape != expected):
+                size = "[number of weights]" if expected is None else list(expected)
+                raise WandappError(f"{self.folder}: {part} must be {dtype} {size}, got {found} {list(shape)}")
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise WandappError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes, so it is no manifest of wandapp")
+        return Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise WandappError(
+            f"{path}: no packed checkpoint here ({error.strerror}); make one with wandapp pack"
+        ) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))[:100] or "the file"
+        raise WandappError(f"{path}: {place}: {first['msg'].lower()[:200]}; fetch or pack it again") from None
+
+
+def bitmask_fault(packed: Packed) -> str | None:
+    """Why the bits of `packed` do not fit its values and row offsets, or None. Sizes are checked elsewhere."""
+    bitmask = packed.bitmask.numpy()
+    rows, cols = packed.shape
+    if cols % 8 and (bitmask[:, -1] >> (cols % 8)).any():
+        return f"the bitmask has bits beyond column {cols - 1}"
+    if packed.pattern is not None:
+        n, m = packed.pattern
+        return None if _holds_exactly(bitmask, cols, n, m) else f"the bitmask does not keep {n} of every {m} columns"
+    offsets = packed.row_offsets.numpy()
+    kept = numpy.bitwise_count(bitmask).sum(1, dtype=numpy.int64)
+    if offsets[0] != 0 or not numpy.array_equal(offsets[1:], kept.cumsum()):
+        return "the row offsets do not count the bits of the bitmask"
+    if offsets[-1] != len(packed.values):
+        return f"the bitmask has {offsets[-1]} bits for {len(packed.values)} values"
+    return None
+
+
+def _holds_exactly(bitmask: numpy.ndarray, cols: int, n: int, m: int) -> bool:
+    """Whether every m consecutive columns have n bits."""
+    if 8 % m == 0 and cols % 8 == 0:
+        group = 0xFF >> (8 - m)
+        return all((numpy.bitwise_count(bitmask >> shift & group) == n).all() for shift in range(0, 8, m))
+    if m % 8 == 0:
+        counts = numpy.bitwise_count(bitmask).reshape(len(bitmask), -1, m // 8)
+    else:
+        counts = numpy.unpackbits(bitmask, axis=1, count=cols, bitorder="little").reshape(len(bitmask), -1, m)
+    return bool((counts.sum(-1, dtype=numpy.int64) == n).all())
