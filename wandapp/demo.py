@@ -17,7 +17,7 @@ CONTENDERS = ("magnitude", "wanda")  # the last one is saved
 CALIBRATION = {"calibration": "pydoc", "samples": 64, "seq_len": 512}
 EVALUATION = {"text": "pydoc", "seq_len": 512, "windows": 10}  # the part of the text that calibration never sees
 COLUMNS = {"model": "", "perplexity": ".2f", "sparsity": ".4f", "seconds": ".1f", "peak_gib": ".2f"}
-PROMPT = "The three most important things about the sea are"
+PROMPT = "In Python, a list is"
 NEW_TOKENS = 24
 
 
