@@ -19,6 +19,11 @@ _HOME = {
     "save_pruned": "wandapp.models",
     "prune": "wandapp.pipeline",
     "PruneReport": "wandapp.report",
+    "pack_checkpoint": "wandapp.packing",
+    "unpack_checkpoint": "wandapp.packing",
+    "load_sparse": "wandapp.inference",
+    "sparsify": "wandapp.inference",
+    "SparseLinear": "wandapp.inference",
     "perplexity": "wandapp.evaluate",
     "verify_model": "wandapp.verify",
 }

@@ -64,7 +64,10 @@ def load_model(reference: str | Path, *, dtype: str | torch.dtype = "auto", devi
     raises     WandappError on anything missing, truncated, unsafe to read or not a causal language model
     """
     place, gguf_file = _locate(str(reference))
-    dtype = _resolve_dtype(dtype, gguf_file)
+    if dtype == "auto":
+        dtype = torch.float32 if gguf_file else "auto"
+    else:
+        dtype = resolve_dtype(dtype)
     options = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     local_only = _hub_has_no_address()
     target = resolve_device(device)
@@ -208,9 +211,8 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _resolve_dtype(dtype: str | torch.dtype, gguf_file: str | None) -> str | torch.dtype:
-    if dtype == "auto":
-        return torch.float32 if gguf_file else "auto"
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The torch dtype of that name."""
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if resolved not in (torch.float32, torch.bfloat16, torch.float16):
         raise WandappError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype}")
@@ -305,13 +307,15 @@ def module_names(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, str
     return {name: None if merged_by else renamed for name, (renamed, merged_by) in found.items()}
 
 
-def fill_skeleton(model: nn.Module, folder: str | Path, tensors: dict[str, Tensor]) -> None:
+def fill_skeleton(model: nn.Module, folder: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Gives a skeleton its weights, by name inside the model, and what no checkpoint stores: buffers and ties.
 
-    raises  WandappError when a weight is missing, does not belong to the model or has another shape
+    tensors  are copied, in the type that the skeleton has in their place
+    raises   WandappError when a weight is missing, does not belong to the model or has another shape
     """
     own = model.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
+    copies: dict[str, Tensor] = {}
+    for name, tensor in tensors:
         if name not in own:
             raise WandappError(
                 f"{folder}: the tensor {name} does not belong to {type(model).__name__}; check config.json"
@@ -320,7 +324,8 @@ def fill_skeleton(model: nn.Module, folder: str | Path, tensors: dict[str, Tenso
             raise WandappError(
                 f"{folder}: {name} has shape {list(tensor.shape)}, config.json asks for {list(own[name].shape)}"
             )
-    model.load_state_dict(tensors, strict=False, assign=True)
+        copies[name] = tensor.to(own[name].dtype, copy=True)
+    model.load_state_dict(copies, strict=False, assign=True)
     model.tie_weights()
     if missing := sorted(name for name, value in model.state_dict().items() if value.is_meta):
         raise WandappError(f"{folder}: {len(missing)} weights of the model are missing, the first is {missing[0]}")
