@@ -84,7 +84,7 @@ def statistics_cases() -> list[Case]:
     )  # fmt: skip
     pointers = {"weight_ptr": "*fp32", "factor_ptr": "*fp32", "used_ptr": "*u8", "error_ptr": "*fp32"}
     block = Case(
-        "compensate 2:4 fp32", compensate._compensate_block_kernel, {**pointers, "offender_ptr": "*i64"},
+        "compensate 2:4 fp32", compensate._compensate_block_kernel, {**pointers, "offender_ptr": "*u64"},
         {"mask_ptr": None, "N": 2, "M": 4, "BLOCK_ROWS": compensate.BLOCK_ROWS, "BLOCK_COLS": 128},
         compensate.BLOCK_ROWS * 128, 13, 13, trips=(128, 4), bytes_asked=compensate.BLOCK_ROWS * 512, streams=False,
     )  # fmt: skip
@@ -93,15 +93,24 @@ def statistics_cases() -> list[Case]:
 
 def select_cases() -> list[Case]:
     found = []
-    for n, m, terms, prune in [(2, 4, "s", 1), (4, 8, "s", 1), (8, 16, "s", 1), (2, 4, "sg", 1), (2, 4, "s", 0)]:
-        tile = select.nm_tile(4096, m, 2)
+    for n, m, terms, prune in [
+        (2, 4, "s", 1),
+        (4, 8, "s", 1),
+        (8, 16, "s", 1),
+        (2, 4, "sg", 1),
+        (2, 4, "s", 0),
+        (4, 8, "s", 0),
+    ]:
+        tile = select.nm_tile(4096, m, 2, bool(prune))
+        warps = tile.pop("num_warps")
         weights = tile["BLOCK_ROWS"] * tile["BLOCK_GROUPS"] * m
         moved = 2 + (2 + 1 / 8 if prune else 1) + (4 if "g" in terms else 0) + 4 / 4096  # column_scale: once a matrix
         pointers = select_pointers(terms, "*i16" if prune and m == 16 else "*u8")
         constants = {"N": n, "M": m, "PRUNE": bool(prune), "BITS": bool(prune), **no_gradient(terms), **tile}
         name = f"{'prune_nm_' if prune else 'select_nm'} {n}:{m} bf16{' gradient' if 'g' in terms else ''}"
         kernel = select._select_nm_kernel
-        found.append(Case(name, kernel, pointers, constants, weights, moved, moved, bytes_asked=weights * 2))
+        asked = weights * 2
+        found.append(Case(name, kernel, pointers, constants, weights, moved, moved, warps=warps, bytes_asked=asked))
     steps = 9  # of the search: the mean over rows of normal weights and log-normal scales
     for cols in (4096, 11008):
         tile = select.row_tile(cols, 2)
@@ -118,7 +127,7 @@ def select_cases() -> list[Case]:
 
 
 def select_pointers(terms: str, output: str) -> dict:
-    pointers = {"weight_ptr": "*bf16", "column_scale_ptr": "*fp32", "output_ptr": output, "offender_ptr": "*i64"}
+    pointers = {"weight_ptr": "*bf16", "column_scale_ptr": "*fp32", "output_ptr": output, "offender_ptr": "*u64"}
     return {**pointers, "alpha": "fp32", **({"gradient_ptr": "*fp32"} if "g" in terms else {})}
 
 
@@ -131,7 +140,7 @@ def pack_cases() -> list[Case]:
     for n, m in [(2, 4), (4, 8)]:
         tile = pack.pack_tile(4096, m, 2)
         weights = tile["BLOCK_ROWS"] * tile["BLOCK_GROUPS"] * m
-        pointers = {"weight_ptr": "*bf16", "values_ptr": "*bf16", "output_ptr": "*u8", "offender_ptr": "*i64"}
+        pointers = {"weight_ptr": "*bf16", "values_ptr": "*bf16", "output_ptr": "*u8", "offender_ptr": "*u64"}
         constants = {"N": n, "M": m, "BITS": True, **tile}
         moved = 2 + 2 * n / m + 1 / 8
         kernel = pack._pack_nm_kernel

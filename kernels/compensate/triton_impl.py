@@ -6,10 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from wandapp.errors import BackendUnavailableError
+from wandapp.kernels.select.triton_impl import offender_cell
 
 WIDEST_BLOCK = 128
 BLOCK_ROWS = 8  # a row lies in one warp, so a column is spread without a barrier
-NO_OFFENDER = torch.iinfo(torch.int64).max
 
 
 def compensate_block_triton(
@@ -22,14 +22,14 @@ def compensate_block_triton(
         )
     used = torch.empty(rows, width, dtype=torch.bool, device=weight.device)
     error = torch.empty(rows, width, dtype=torch.float32, device=weight.device)
-    offender = torch.full((), NO_OFFENDER, dtype=torch.int64, device=weight.device)
+    offender = offender_cell(weight.device)
     if weight.numel():
         _compensate_block_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
             weight, factor, None if mask is None else mask.view(torch.uint8), used.view(torch.uint8), error, offender,
             rows, width, weight.stride(0), N=n, M=m, BLOCK_ROWS=BLOCK_ROWS,
             BLOCK_COLS=max(16, triton.next_power_of_2(width)), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return used, error, torch.where(offender == NO_OFFENDER, -1, offender)
+    return used, error, offender.view(torch.int64)
 
 
 @triton.jit

@@ -16,12 +16,12 @@ from wandapp.kernels.select.triton_impl import (
     bytes_of,
     fill_up,
     is_nonzero,
+    offender_cell,
     pack_mask,
     split_lanes,
     store_bits,
 )
 
-NO_OFFENDER = torch.iinfo(torch.int64).max
 BLOCK_COLS = 1024
 
 
@@ -33,7 +33,7 @@ def pack_triton(weight: Tensor, *, n: int | None, m: int | None) -> tuple[Tensor
     rows, cols = weight.shape
     whole_bytes = m in (2, 4, 8, 16)  # bits of whole groups fill bytes
     values = torch.empty(rows, cols // m * n, dtype=weight.dtype, device=weight.device)
-    offender = torch.full((), NO_OFFENDER, dtype=torch.int64, device=weight.device)
+    offender = offender_cell(weight.device)
     bits = _empty_bitmask(weight) if whole_bytes else torch.empty(rows, cols, dtype=torch.uint8, device=weight.device)
     if weight.numel():
         tile = pack_tile(cols, m, weight.element_size())
@@ -43,7 +43,7 @@ def pack_triton(weight: Tensor, *, n: int | None, m: int | None) -> tuple[Tensor
             weight.stride(0), N=n, M=m, BITS=whole_bytes, **tile, num_warps=4,
         )  # fmt: skip
     bitmask = bits if whole_bytes else pack_mask(bits)
-    return values, bitmask, None, torch.where(offender == NO_OFFENDER, -1, offender)
+    return values, bitmask, None, offender.view(torch.int64)
 
 
 def unpack_triton(packed: Packed) -> Tensor:

@@ -9,6 +9,8 @@ rows  one program holds a whole row: its scores become integers of the same orde
 Every kernel is launched with `enable_fp_fusion=False`: a fused multiply-add would change scores by one ulp.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,8 @@ from wandapp.errors import BackendUnavailableError
 
 WIDEST_GROUP = 16  # lanes of the sorting network, and bits of the half word that collects a group's choice
 WIDEST_ROW = 32768  # 64 keys in each of 512 threads
-NO_OFFENDER = tl.constexpr(torch.iinfo(torch.int64).max)
+CELLS = 1024
+_cells: dict[torch.device, Iterator[Tensor]] = {}
 
 
 def select_nm_triton(weight, column_scale, gradient, *, n, m, alpha) -> tuple[Tensor, Tensor]:
@@ -55,12 +58,22 @@ def pack_mask(mask: Tensor) -> Tensor:
     return bitmask
 
 
-def nm_tile(cols: int, m: int, itemsize: int) -> dict:
-    """Rows and groups of one program's tile, and the columns of a group that one 16-byte load brings."""
+def nm_tile(cols: int, m: int, itemsize: int, prune: bool) -> dict:
+    """Rows and groups of one program's tile, and the columns of a group that one 16-byte load brings.
+
+    A program is one warp: no warp waits for another in the search for a NaN. 16 bf16 weights a thread, or 32 where
+    their registers are not needed to write the weights back.
+    """
     padded_m = max(2, triton.next_power_of_2(m))
     part = min(padded_m, 16 // itemsize)
     groups = min(512 // itemsize // part, triton.next_power_of_2(cols // m))  # 32 threads along the columns
-    return {"M_PADDED": padded_m, "PART": part, "BLOCK_ROWS": 8, "BLOCK_GROUPS": max(groups, 8 // min(padded_m, 8))}
+    return {
+        "M_PADDED": padded_m,
+        "PART": part,
+        "BLOCK_ROWS": 2 if prune or m > 8 else 4,
+        "BLOCK_GROUPS": max(groups, 8 // min(padded_m, 8)),
+        "num_warps": 1,
+    }
 
 
 def row_tile(cols: int, itemsize: int) -> dict:
@@ -80,27 +93,47 @@ def row_tile(cols: int, itemsize: int) -> dict:
     }
 
 
+def offender_cell(device: torch.device) -> Tensor:
+    """0-d uint64 in which every bit is set: above every index for `tl.atomic_min`, and -1 to whoever reads it as int64.
+
+    A fill is a launch of about 2 us beside kernels of 20, so cells are filled CELLS at a time; none is given out twice.
+    A call captured in a CUDA graph keeps its cell: it then holds the least index of all replays.
+    """
+    cell = next(_cells.get(device, iter(())), None)
+    if cell is None:
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        count = 1 if capturing else CELLS
+        filled = torch.full((count, 2), -1, dtype=torch.int64, device=device)
+        cells = iter(filled[:, 0].view(torch.uint64).unbind())  # 16 bytes apart: one alignment, so one compiled kernel
+        cell = next(cells)
+        if not capturing:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # the next cell may go to another stream
+            _cells[device] = cells
+    return cell
+
+
 def _launch_nm(weight, column_scale, gradient, output, n, m, alpha, *, prune) -> Tensor:
     if m > WIDEST_GROUP:
         raise BackendUnavailableError(f"the triton backend holds groups of up to {WIDEST_GROUP} columns, got m={m}")
     rows, cols = weight.shape
-    offender = _no_offender(weight)
+    offender = offender_cell(weight.device)
     if weight.numel():
-        tile = nm_tile(cols, m, weight.element_size())
+        tile = nm_tile(cols, m, weight.element_size(), prune)
         bits = output.dtype == torch.uint8
         blocks = triton.cdiv(cols // m, tile["BLOCK_GROUPS"])
-        output = output.view(torch.int16 if m == 16 and output.dtype == torch.uint8 else torch.uint8)
+        output = output.view(torch.int16 if m == 16 and bits else torch.uint8)
         _select_nm_kernel[(triton.cdiv(rows, tile["BLOCK_ROWS"]) * blocks,)](
             weight, column_scale, gradient, output, offender, float(alpha), rows, cols, blocks,
-            weight.stride(0), _row_stride(gradient), N=n, M=m, PRUNE=prune, BITS=bits, **tile, num_warps=4,
+            weight.stride(0), _row_stride(gradient), N=n, M=m, PRUNE=prune, BITS=bits, **tile,
             enable_fp_fusion=False,
         )  # fmt: skip
-    return _index(offender)
+    return offender.view(torch.int64)
 
 
 def _launch_rows(weight, column_scale, gradient, output, keep, alpha, *, prune) -> Tensor:
     rows, cols = weight.shape
-    offender = _no_offender(weight)
+    offender = offender_cell(weight.device)
     if weight.numel():
         terms = (weight, column_scale, gradient, _bytes(output), offender, float(alpha), cols, keep)
         strides = (weight.stride(0), _row_stride(gradient), output.stride(0))
@@ -112,7 +145,7 @@ def _launch_rows(weight, column_scale, gradient, output, keep, alpha, *, prune) 
                 *terms, *strides, KEY_SHIFT=shift, PRUNE=prune, **row_tile(cols, weight.element_size()),
                 enable_fp_fusion=False,
             )  # fmt: skip
-    return _index(offender)
+    return offender.view(torch.int64)
 
 
 def _launch_wide_rows(terms, strides, shift, prune) -> None:
@@ -152,14 +185,6 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _row_stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
-
-
-def _no_offender(weight: Tensor) -> Tensor:
-    return torch.full((), NO_OFFENDER.value, dtype=torch.int64, device=weight.device)
-
-
-def _index(offender: Tensor) -> Tensor:
-    return torch.where(offender == NO_OFFENDER.value, -1, offender)
 
 
 def _unused_key_bits(weight: Tensor, column_scale: Tensor | None, gradient: Tensor | None) -> int:
@@ -263,13 +288,32 @@ def _descending(lanes, COUNT: tl.constexpr):
 @triton.jit
 def keep_bits(lanes, N: tl.constexpr, COUNT: tl.constexpr):
     """int32 with bit l set where lane l is among the N largest of COUNT <= 16; equal lanes: the lower one."""
-    threshold = _descending(lanes, COUNT)[N - 1]
-    above = tl.zeros(threshold.shape, tl.int32)  # bits 0..15: lanes above the threshold; bits 16..: how many they are
-    equal = tl.zeros(threshold.shape, tl.int32)
-    for i in tl.static_range(COUNT):
-        above += tl.where(lanes[i] > threshold, (1 << i) + 0x10000, 0)
-        equal += tl.where(lanes[i] == threshold, 1 << i, 0)
-    return fill_up(above, equal, N)
+    if N == 2 and COUNT == 4:
+        return keep_bits_24(lanes)
+    else:
+        threshold = _descending(lanes, COUNT)[N - 1]
+        above = tl.zeros(
+            threshold.shape, tl.int32
+        )  # bits 0..15: lanes above the threshold; bits 16..: how many they are
+        equal = tl.zeros(threshold.shape, tl.int32)
+        for i in tl.static_range(COUNT):
+            above += tl.where(lanes[i] > threshold, (1 << i) + 0x10000, 0)
+            equal += tl.where(lanes[i] == threshold, 1 << i, 0)
+        return fill_up(above, equal, N)
+
+
+@triton.jit
+def keep_bits_24(lanes):
+    """`keep_bits` of 2:4: a lane stays when it beats two of its three rivals. 6 comparisons and 4 majorities."""
+    a, b, c, d = lanes
+    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d  # the lower lane beats its equal
+    bits = tl.where(majority(ab, ac, ad), 1, 0) | tl.where(majority(~ab, bc, bd), 2, 0)
+    return bits | tl.where(majority(~ac, ~bc, cd), 4, 0) | tl.where(majority(~ad, ~bd, ~cd), 8, 0)
+
+
+@triton.jit
+def majority(a, b, c):
+    return (a & b) | (a & c) | (b & c)
 
 
 @triton.jit
