@@ -13,9 +13,9 @@ int compress24(uintptr_t weight, int64_t row_stride, uintptr_t keep, int64_t row
                uintptr_t values, uintptr_t metadata, uintptr_t offender, int device, uintptr_t stream);
 
 // x [tokens, cols] contiguous, 1 to 16 tokens; values [rows, cols / 2], bitmask [rows, cols / 8], cols a multiple of 64;
-// bias [rows] or 0; y [tokens, rows].
+// bias [rows] or 0; y [tokens, rows]. walking: one block per multiprocessor that lays down x once, where x fits.
 int sparse_linear24(uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, uintptr_t y, int64_t tokens,
-                    int64_t rows, int64_t cols, int dtype, int device, uintptr_t stream);
+                    int64_t rows, int64_t cols, int dtype, bool walking, int device, uintptr_t stream);
 
 const char* error_text(int error);
 

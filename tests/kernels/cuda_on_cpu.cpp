@@ -26,17 +26,19 @@ static void compress24(uintptr_t weight, int64_t row_stride, uintptr_t keep, int
 }
 
 template <typename Type>
-static void run_linear(const SparseLinearArguments& arguments, const SparseLinearShape& shape) {
-  if (arguments.tokens <= 8)
-    fibers::launch(sparse_linear24_kernel<Type, 1, kUnrollOne>, {shape.blocks, 1}, shape.threads, arguments);
-  else
-    fibers::launch(sparse_linear24_kernel<Type, 2, kUnrollTwo>, {shape.blocks, 1}, shape.threads, arguments);
+static void run_linear(const SparseLinearArguments& arguments, const SparseLinearShape& shape, bool walking) {
+  const bool few = arguments.tokens <= 8;
+  const auto kernel = walking ? (few ? sparse_linear24_walking_kernel<Type, 1> : sparse_linear24_walking_kernel<Type, 2>)
+                              : (few ? sparse_linear24_kernel<Type, 1, kUnrollOne> : sparse_linear24_kernel<Type, 2, kUnrollTwo>);
+  fibers::launch(kernel, {shape.blocks, 1}, shape.threads, arguments);
 }
 
-// `staged_steps`: how many steps of x are staged at a time; 0 leaves it to the launch.
+// `staged_steps`: how many steps of x are staged at a time; 0 leaves it to the launch. `blocks`: how many blocks walk, as
+// many as there are multiprocessors; 0 is the kernel that does not walk.
 static void staged_linear24(uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, uintptr_t y, int64_t tokens,
-                            int64_t rows, int64_t cols, int dtype, int staged_steps) {
-  const SparseLinearShape shape = sparse_linear_shape(int(tokens), rows, cols);
+                            int64_t rows, int64_t cols, int dtype, int staged_steps, int blocks) {
+  const SparseLinearShape shape =
+      blocks ? walking_shape(int(tokens), rows, cols, blocks) : sparse_linear_shape(int(tokens), rows, cols);
   const SparseLinearArguments arguments{reinterpret_cast<const uint16_t*>(x),
                                         reinterpret_cast<const uint16_t*>(values),
                                         reinterpret_cast<const uint8_t*>(bitmask),
@@ -46,13 +48,16 @@ static void staged_linear24(uintptr_t x, uintptr_t values, uintptr_t bitmask, ui
                                         rows,
                                         cols,
                                         staged_steps ? staged_steps : shape.staged_steps};
-  if (shape.shared_bytes > kMaxSharedBytes) throw std::runtime_error("more shared memory than the launch may ask for");
-  dtype == 1 ? run_linear<BFloat16>(arguments, shape) : run_linear<Float16>(arguments, shape);
+  if (shape.shared_bytes > (blocks ? fibers::kSharedBytes : kMaxSharedBytes))
+    throw std::runtime_error("more shared memory than the launch may ask for");
+  dtype == 1 ? run_linear<BFloat16>(arguments, shape, blocks) : run_linear<Float16>(arguments, shape, blocks);
+  for (size_t at = shape.shared_bytes; at < fibers::kSharedBytes; ++at)
+    if (fibers::shared_memory[at] != char(0xff)) throw std::runtime_error("a write past the block's shared memory");
 }
 
 static void sparse_linear24(uintptr_t x, uintptr_t values, uintptr_t bitmask, uintptr_t bias, uintptr_t y, int64_t tokens,
-                            int64_t rows, int64_t cols, int dtype, int, uintptr_t) {
-  staged_linear24(x, values, bitmask, bias, y, tokens, rows, cols, dtype, 0);
+                            int64_t rows, int64_t cols, int dtype, bool walking, int, uintptr_t) {
+  staged_linear24(x, values, bitmask, bias, y, tokens, rows, cols, dtype, 0, walking ? 2 : 0);
 }
 
 PYBIND11_MODULE(cuda_on_cpu, module) {

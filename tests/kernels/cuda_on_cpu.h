@@ -33,7 +33,7 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 struct Index {
   unsigned x = 0, y = 0;
 };
-inline Index threadIdx, blockIdx, blockDim;
+inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 // A vector access on the GPU faults when its address is not a multiple of its size; x86 would let it pass.
 template <typename T>
@@ -128,7 +128,7 @@ inline void run_block(unsigned threads) {
 template <typename Kernel, typename Arguments>
 void launch(Kernel kernel, Index grid, unsigned threads, const Arguments& arguments) {
   body = [&] { kernel(arguments); };
-  blockDim.x = threads;
+  blockDim.x = threads, gridDim = grid;
   for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
     for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block(threads);
 }

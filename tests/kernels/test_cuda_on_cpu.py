@@ -173,12 +173,12 @@ def test_first_group_with_too_many_nonzeros_is_reported(cuda, layout, count):
     assert compress(cuda, weight[:32], layout)[2] == NO_OFFENDER
 
 
-def multiply(cuda, x, packed, bias=None, staged_steps=0):
+def multiply(cuda, x, packed, bias=None, staged_steps=0, walking_blocks=0):
     rows, cols = packed.shape
     y = torch.full((len(x), rows), -77.0, dtype=x.dtype)
     cuda.staged_linear24(
         x.data_ptr(), packed.values.data_ptr(), packed.bitmask.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        y.data_ptr(), len(x), rows, cols, DTYPE_CODES[x.dtype], staged_steps,
+        y.data_ptr(), len(x), rows, cols, DTYPE_CODES[x.dtype], staged_steps, walking_blocks,
     )  # fmt: skip
     return y
 
@@ -201,6 +201,20 @@ def test_sparse_linear_equals_the_dense_product(cuda, dtype, tokens, rows, cols)
     # fp32 sums of a few thousand products: 1e-5 of the result's scale; then one rounding to the storage type
     close = torch.finfo(dtype).eps * expected.abs() + 1e-5 * expected.abs().max()
     assert ((multiply(cuda, x, packed, bias).double() - expected).abs() <= close).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize("rows,cols,blocks", [(16, 64, 1), (37, 128, 2), (80, 1984, 2), (150, 2112, 3), (40, 4224, 132)])
+def test_walking_blocks_equal_the_dense_product(cuda, dtype, tokens, rows, cols, blocks):
+    """One strip and several per block, numbers of strips that the blocks do not divide, one to three rounds of steps."""
+    packed = packed_weight(rows, cols, dtype)
+    x = torch.randn(tokens, cols, generator=torch.Generator().manual_seed(1)).to(dtype)
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(2)).to(dtype) if rows % 2 else None
+    expected = x.double() @ unpack_reference(packed).double().T + (0 if bias is None else bias.double())
+    close = torch.finfo(dtype).eps * expected.abs() + 1e-5 * expected.abs().max()
+    y = multiply(cuda, x, packed, bias, walking_blocks=blocks)
+    assert ((y.double() - expected).abs() <= close).all()
 
 
 def test_sparse_linear_puts_every_column_where_it_belongs(cuda):
