@@ -27,7 +27,7 @@ std::vector<float> arrange_tokens(const T* x, int64_t tokens, int64_t cols) {
 }
 
 // The hardware's prefetcher stops at every page of 4 KiB, and the values are one long stream over all rows.
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kPrefetchBytes = 2048;
 
 // sums[t] = the row's product with token t.
 template <class Lanes, int tokens, bool guarded, class T>
