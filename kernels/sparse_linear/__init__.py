@@ -6,6 +6,7 @@ from torch import Tensor
 from wandapp.kernels import dispatch
 from wandapp.kernels.checks import require
 from wandapp.kernels.pack import Packed, check_packed
+from wandapp.kernels.sparse_linear import cuda
 
 
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -54,7 +55,8 @@ def _sparse_linear(
 ) -> Tensor:
     """Launchers `sparse_linear_<backend>(x, packed, bias)` get contiguous x [tokens, cols] -> [tokens, rows]."""
     packed = Packed(values, bitmask, row_offsets, (rows, cols), None if n is None else (n, m))
-    return dispatch.launcher("sparse_linear", x.device, backend)(x, packed, bias)
+    preferred = cuda.preference(len(x), packed) if x.is_cuda else None
+    return dispatch.launcher("sparse_linear", x.device, backend, preferred=preferred)(x, packed, bias)
 
 
 @_sparse_linear.register_fake

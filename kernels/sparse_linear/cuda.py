@@ -9,6 +9,7 @@ from wandapp.kernels.pack import Packed
 
 MAX_TOKENS = 16
 STEP = 64  # columns a warp takes at a time
+AUTOMATIC_TOKENS = 4  # measured on an H100 with a strip per block: faster than Triton at 4, slower at 8
 WALKING_FROM = 3  # tokens; below, x is so small that a copy of it for every 16 rows costs nothing
 
 
@@ -25,7 +26,15 @@ def obstacle(tokens: int, packed: Packed) -> str:
     return ""
 
 
-def sparse_linear_cuda(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def preference(tokens: int, packed: Packed) -> tuple[str, ...]:
+    """Backends for `tokens` tokens on a GPU, best first; one that cannot multiply them is left out."""
+    if obstacle(tokens, packed):
+        return ("triton",)
+    return ("cuda", "triton") if tokens <= AUTOMATIC_TOKENS else ("triton", "cuda")
+
+
+def sparse_linear_cuda(x: Tensor, packed: Packed, bias: Tensor | None, *, walking: bool | None = None) -> Tensor:
+    """y [tokens, rows]. walking: whether blocks walk (sparse_linear.cuh), None = as the number of tokens suggests."""
     from wandapp import _CUDA
 
     reason = obstacle(len(x), packed)
@@ -34,11 +43,12 @@ def sparse_linear_cuda(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor
     rows, cols = packed.shape
     x, values, bitmask = (aligned(tensor) for tensor in (x, packed.values, packed.bitmask))
     y = x.new_empty(len(x), rows)
+    walking = len(x) >= WALKING_FROM if walking is None else walking
     with torch.cuda.device_of(x):
         stream = torch.cuda.current_stream()
         _CUDA.sparse_linear24(
             address(x), address(values), address(bitmask), address(bias), address(y), len(x), rows, cols,
-            DTYPE_CODES[x.dtype], len(x) >= WALKING_FROM, stream.device_index, stream.cuda_stream,
+            DTYPE_CODES[x.dtype], walking, stream.device_index, stream.cuda_stream,
         )  # fmt: skip
     return y
 

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -7,7 +8,10 @@ import torch
 from wandapp import _C
 from wandapp.errors import BackendUnavailableError
 from wandapp.kernels import FUNCTIONS, dispatch
+from wandapp.kernels.pack import Packed
 from wandapp.kernels.select import select_nm
+from wandapp.kernels.sparse_linear.cuda import AUTOMATIC_TOKENS
+from wandapp.kernels.sparse_linear.cuda import preference as cuda_preference
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +46,36 @@ def test_forced_backend_that_cannot_run_says_why():
 def test_unknown_backend_gets_a_proposal():
     with pytest.raises(BackendUnavailableError, match="did you mean 'triton'"):
         dispatch.choose("select_nm", "cpu", "tritn")
+
+
+def test_preferred_backends_go_in_order_of_those_that_can_run(monkeypatch):
+    built = {
+        "wandapp._CUDA",
+        "triton",
+        "wandapp.kernels.sparse_linear.cuda",
+        "wandapp.kernels.sparse_linear.triton_impl",
+    }
+    monkeypatch.setattr(dispatch, "_find_spec", lambda name: name in built)
+    choose = partial(dispatch.choose, "sparse_linear", "cuda")
+    assert choose(preferred=("cuda", "triton")) == "cuda"
+    assert choose(preferred=("triton", "cuda")) == "triton"
+    assert choose("triton", preferred=("cuda", "triton")) == "triton"
+    built.remove("wandapp._CUDA")
+    assert choose(preferred=("cuda", "triton")) == "triton"
+    assert choose() == "triton"
+
+
+def test_cuda_is_preferred_for_the_few_tokens_and_weights_it_is_made_for():
+    def packed(cols, dtype=torch.bfloat16, pattern=(2, 4)):
+        return Packed(torch.empty(8, cols // 2, dtype=dtype), torch.empty(8, cols // 8), None, (8, cols), pattern)
+
+    for tokens in (1, AUTOMATIC_TOKENS):
+        assert cuda_preference(tokens, packed(64)) == ("cuda", "triton")
+    assert cuda_preference(AUTOMATIC_TOKENS + 1, packed(64)) == ("triton", "cuda")
+    for tokens, weight in [
+        (0, packed(64)), (17, packed(64)), (1, packed(72)), (1, packed(64, torch.float32)), (1, packed(64, pattern=(4, 8))),
+    ]:  # fmt: skip
+        assert cuda_preference(tokens, weight) == ("triton",)
 
 
 def test_unknown_device_has_no_backend():

@@ -33,15 +33,18 @@ class Choice(NamedTuple):
     availability: dict[str, str]
 
 
-def launcher(function: str, device: torch.device, backend: str | None = None) -> Callable:
+def launcher(
+    function: str, device: torch.device, backend: str | None = None, *, preferred: tuple[str, ...] | None = None
+) -> Callable:
     """The launcher that runs `function` on tensors of `device`; `backend` or WANDAPP_BACKEND forces which.
 
+    preferred  backends for these very inputs, best first; None means the order that holds for the device
     raises  BackendUnavailableError when the forced backend, or every automatic one, cannot run here
     """
-    return _load(function, choose(function, device.type, backend))
+    return _load(function, choose(function, device.type, backend, preferred=preferred))
 
 
-def choose(function: str, device: str, backend: str | None = None) -> str:
+def choose(function: str, device: str, backend: str | None = None, *, preferred: tuple[str, ...] | None = None) -> str:
     """Name of the backend that runs `function` on `device` ("cpu" or "cuda")."""
     forced = forced_backend(backend)
     if forced is not None:
@@ -49,7 +52,8 @@ def choose(function: str, device: str, backend: str | None = None) -> str:
         if obstacle:
             raise BackendUnavailableError(f"{function}: backend {forced!r} cannot run on {device} tensors: {obstacle}")
         return forced
-    obstacles = {name: unavailable(function, device, name) for name in preference(function, device)}
+    names = preference(function, device) if preferred is None else preferred
+    obstacles = {name: unavailable(function, device, name) for name in names}
     for name, obstacle in obstacles.items():
         if not obstacle:
             return name
