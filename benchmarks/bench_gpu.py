@@ -232,9 +232,8 @@ def correctness(bench: Bench) -> None:
 
 
 def check_selection(bench: Bench) -> None:
-    from wandapp.kernels.select import prune_nm_, prune_rows_, select_nm, select_rows
-
     from wandapp.errors import NonFiniteScoreError
+    from wandapp.kernels.select import prune_nm_, prune_rows_, select_nm, select_rows
 
     def compare(select, prune, weight, scale, gradient, options, backend):
         expected = select(weight, scale, gradient, **options, backend="reference")
@@ -327,9 +326,8 @@ def check_statistics(bench: Bench) -> None:
 
 
 def check_packing(bench: Bench) -> None:
-    from wandapp.kernels.pack import pack, unpack
-
     from wandapp.errors import TooManyNonZerosError
+    from wandapp.kernels.pack import pack, unpack
 
     def packs(weight, n, m, backend):
         ours, expected = pack(weight, n=n, m=m, backend=backend), pack(weight, n=n, m=m, backend="reference")
@@ -362,21 +360,15 @@ def check_packing(bench: Bench) -> None:
 
 def check_layouts(bench: Bench) -> None:
     from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
     from wandapp.kernels.pack import pack
     from wandapp.kernels.pack.cuda import compress24
-
     from wandapp.kernels.semi_structured import cutlass_layout, knows_cusparselt_order, to_torch_semi_structured
 
     def cutlass(weight):
         expected = sparse_semi_structured_from_dense_cutlass(weight)
         for ours in (compress24(weight, layout="cutlass"), cutlass_layout(pack(weight, n=2, m=4))):
             require(torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1]), "layout differs")
-
-    def prunes_while_compressing(weight):
-        bitmask = pack(weight, n=2, m=4).bitmask
-        dense = torch.where(weight == 0, torch.ones_like(weight), weight)
-        values, bits, _ = compress24(dense, bitmask)
-        require(torch.equal(bits, bitmask) and torch.equal(values, pack(weight, n=2, m=4).values), "result differs")
 
     def cusparselt(weight):
         values, metadata, _ = compress24(weight, layout="cusparselt")
@@ -397,7 +389,7 @@ def check_layouts(bench: Bench) -> None:
             weight = few_nonzeros(rows, cols, dtype)
             bench.check(f"check cutlass layout {dtype} {rows}x{cols}", partial(cutlass, weight))
             bench.check(
-                f"check compress24 with bitmask {dtype} {rows}x{cols}", partial(prunes_while_compressing, weight)
+                f"check compress24 with bitmask {dtype} {rows}x{cols}", partial(check_pruning_compression, weight)
             )
             x = torch.randn(33, cols, device=DEVICE).to(dtype)
             bench.check(f"check semi-structured product {dtype} {rows}x{cols}", partial(multiplies, weight, x))
@@ -406,6 +398,21 @@ def check_layouts(bench: Bench) -> None:
                 bench.check(
                     f"check cuSPARSELt blob {dtype} {rows}x{cols}", partial(cusparselt, weight_24(rows, cols, dtype))
                 )
+
+
+def check_pruning_compression(weight) -> None:
+    """compress24 of a dense weight and this weight's bitmask, which marks two places per group, also where it has fewer."""
+    from wandapp.kernels.pack import pack
+    from wandapp.kernels.pack.cuda import compress24
+
+    bitmask = pack(weight, n=2, m=4).bitmask
+    dense = torch.where(weight == 0, torch.ones_like(weight), weight)
+    places = bitmask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=weight.device) & 1
+    kept = places.flatten(1)[:, : weight.shape[1]].bool()
+    expected = pack(torch.where(kept, dense, torch.zeros_like(dense)), n=2, m=4)
+    values, bits, _ = compress24(dense, bitmask)
+    require(torch.equal(bits, bitmask), "bitmasks differ")
+    require(torch.equal(values, expected.values), "values differ")
 
 
 def check_products(bench: Bench) -> None:
@@ -591,6 +598,11 @@ def decode(bench: Bench) -> None:
                 call = launcher("sparse_linear", backend)
                 calls = over(packed, lambda weight, x=x, call=call: call(x, weight, None))
                 bench.time(f"sparse_linear {backend}", shape, calls, bytes_moved=moved, baseline=plain, target=goal)
+            for walking in [False, True] if "cuda" in backends("sparse_linear") else []:
+                call = partial(launcher("sparse_linear", "cuda"), walking=walking)
+                calls = over(packed, lambda weight, x=x, call=call: call(x, weight, None))
+                name = f"  cuda, {'walking' if walking else 'a strip per block'}"
+                bench.time(name, shape, calls, bytes_moved=moved, baseline=plain)
             # Converted when it is measured, so that a library that refuses costs this line only.
             calls = partial(library_calls, x, packed)
             bench.time("cuSPARSELt F.linear", shape, calls, bytes_moved=moved, baseline=plain)
@@ -606,7 +618,6 @@ def library_calls(x, packed):
 def prefill(bench: Bench) -> None:
     """Many tokens: cuSPARSELt with each algorithm id that gives the right product (some do not), the fastest kept."""
     from wandapp.kernels.pack import pack
-
     from wandapp.kernels.semi_structured import cusparselt_blob
 
     for rows, cols in SHAPES:

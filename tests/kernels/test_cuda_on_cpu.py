@@ -205,7 +205,9 @@ def test_sparse_linear_equals_the_dense_product(cuda, dtype, tokens, rows, cols)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 3, 8, 9, 16])
-@pytest.mark.parametrize("rows,cols,blocks", [(16, 64, 1), (37, 128, 2), (80, 1984, 2), (150, 2112, 3), (40, 4224, 132)])
+@pytest.mark.parametrize(
+    "rows,cols,blocks", [(16, 64, 1), (37, 128, 2), (80, 1984, 2), (150, 2112, 3), (40, 4224, 132)]
+)
 def test_walking_blocks_equal_the_dense_product(cuda, dtype, tokens, rows, cols, blocks):
     """One strip and several per block, numbers of strips that the blocks do not divide, one to three rounds of steps."""
     packed = packed_weight(rows, cols, dtype)
@@ -262,6 +264,17 @@ def test_launcher_of_pack_equals_the_reference():
     assert pack_cuda(weight, n=2, m=4)[3] == 3 * 68 + 8
     with pytest.raises(BackendUnavailableError, match="2:4 only"):
         pack_cuda(weight, n=1, m=4)
+
+
+@pytest.mark.usefixtures("launchers")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_benchmarks_check_of_pruning_compression_holds_for_groups_of_fewer_than_two(dtype):
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "benchmarks" / "bench_gpu.py")
+    bench_gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench_gpu)
+    weight = sparse_weight(32, 64, dtype).nan_to_num()
+    assert ((weight.view(-1, 4) != 0).sum(1) < 2).any()
+    bench_gpu.check_pruning_compression(weight)
 
 
 @pytest.mark.usefixtures("launchers")
