@@ -140,7 +140,8 @@ WANDAPP_INLINE int metadata_offset_in_tile(int row, int word) {
   return 8 * (row % 8) + 4 * (row / 16) + 2 * word + row / 8 % 2;
 }
 
-// Word offset of tile (i, j); a tile is 64 words. CUTLASS: column after column of tiles. cuSPARSELt: super-tiles of
+// Word offset of tile (i, j); a tile is 64 words. CUTLASS: column after column of tiles. cuSPARSELt, assumed and not
+// so on every GPU (wandapp/kernels/semi_structured.py asks the library): super-tiles of
 // 128 rows x 64 columns, again one column of them after the other (rows a multiple of 128).
 WANDAPP_INLINE int64_t metadata_tile_offset(Layout layout, int64_t rows, int64_t i, int64_t j) {
   if (layout == Layout::kCutlass) return j * 2 * rows + i * 64;

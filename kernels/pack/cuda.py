@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from wandapp.kernels.pack import Packed
 
 from wandapp.errors import BackendUnavailableError
 from wandapp.kernels.native import DTYPE_CODES, address
+from wandapp.kernels.pack import Packed
 
 LAYOUTS = {"neutral": 0, "cutlass": 1, "cusparselt": 2}
 NO_OFFENDER = torch.iinfo(torch.int64).max
@@ -18,7 +18,8 @@ def compress24(
 
     neutral     metadata is the bitmask, uint8 [rows, ceil(cols / 8)]
     cutlass     metadata is int16 [rows, cols / 16] as torch.sparse has it; rows a multiple of 32, cols of 64
-    cusparselt  the same words in cuSPARSELt's order; rows and cols multiples of 128 (both for 16-bit weights only)
+    cusparselt  the same words in the order assumed of cuSPARSELt, to be used only where `knows_cusparselt_order`; rows and
+                cols multiples of 128 (both for 16-bit weights only)
     offender    0-d int64: flat index of the first group with more than two non-zeros, NO_OFFENDER when there is none. One
                 given is lowered, not set: calls can share it and look once at the end
     """

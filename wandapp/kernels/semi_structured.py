@@ -6,8 +6,9 @@ differ in the order of the words. Both build tiles of 32 rows x 2 words; in a ti
 
     word number  8 c + 4 a + 2 w + b
 
-CUTLASS lays tiles column after column. cuSPARSELt (0.7 and 0.8, not documented: hence `knows_cusparselt_order`) groups
-4 x 2 tiles to 128 rows x 64 columns.
+CUTLASS lays tiles column after column. cuSPARSELt's order is not documented; we assume 4 x 2 tiles grouped to 128 rows x
+64 columns and ask the library (`knows_cusparselt_order`). An H100 with cuSPARSELt 0.8.0 said no: there, and wherever the
+answer is no, `torch._cslt_compress` makes the metadata.
 """
 
 from functools import cache
