@@ -132,6 +132,19 @@ def test_first_nonfinite_score_is_named(value):
         assert (caught.value.row, caught.value.column) == (11, 17)
 
 
+def test_a_nonfinite_score_is_reported_by_its_own_call_only(monkeypatch):
+    from wandapp.kernels.select import triton_impl
+
+    monkeypatch.setattr(triton_impl, "CELLS", 2)
+    monkeypatch.setattr(triton_impl, "_cells", {})
+    good = torch.ones(2, 16, device=DEVICE)
+    bad = torch.full_like(good, float("inf"))
+    for _ in range(3):  # beyond the cells of one fill
+        with pytest.raises(NonFiniteScoreError):
+            select_nm(bad, n=2, m=4, backend="triton")
+        assert select_nm(good, n=2, m=4, backend="triton").sum() == 16
+
+
 def sparse_weight(rows, cols, dtype, n, m):
     """0 to n non-zeros in every group, some of the zeros negative; unstructured when n is None."""
     weight = strided(rows, cols, dtype).clone()
