@@ -5,6 +5,7 @@ runs; for more, panels of rows are unpacked into cache and multiplied densely (s
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,33 +47,36 @@ class SparseLinear(nn.Module):
         self.register_buffer("bitmask", packed.bitmask)
         self.register_buffer("row_offsets", packed.row_offsets)
         self.register_parameter("bias", bias)
-        self._launch = None
+        self._run, self._run_values = None, None  # what `forward` calls, and the values that it was made for
 
     @property
     def packed(self) -> Packed:
-        parts = self._buffers  # a module's own attribute lookup would cost as much as a small product
+        parts = self._buffers
         shape = (self.out_features, self.in_features)
         return Packed(parts["values"], parts["bitmask"], parts["row_offsets"], shape, self.pattern)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed, bias = self.packed, self._parameters["bias"]
-        if self._launch is None or torch.compiler.is_compiling() or not self._takes(x, packed.values):
-            return self._checked_forward(x, packed, bias)
-        # A registered operator costs 60 us per call, more than a small weight's product; its launcher costs 8.
-        y = self._launch(x.reshape(-1, self.in_features).contiguous(), packed, bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        values = self._buffers["values"]
+        if (
+            self._run_values is not values
+            or torch.compiler.is_compiling()
+            or x.dtype is not values.dtype
+            or x.shape[-1] != self.in_features
+            or x.device != values.device
+        ):
+            return self._checked_forward(x)
+        return self._run(x.contiguous())
 
-    def _checked_forward(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    def _checked_forward(self, x: Tensor) -> Tensor:
+        """Through the registered operator, which costs 60 us a call: more than the product of a small weight."""
+        packed, bias = self.packed, self.bias
         y = sparse_linear(x, packed, bias)
         if not torch.compiler.is_compiling():
-            self._launch = dispatch.launcher("sparse_linear", x.device)
+            self._run, self._run_values = _prepared(packed, bias), packed.values
         return y
 
-    def _takes(self, x: Tensor, values: Tensor) -> bool:
-        return x.dtype is values.dtype and x.shape[-1] == self.in_features and x.device == values.device
-
     def _apply(self, fn, recurse=True):
-        self._launch = None  # the device may change
+        self._run, self._run_values = None, None  # the memory may change
         return super()._apply(fn, recurse)
 
     def to_dense(self) -> Tensor:
@@ -97,6 +101,41 @@ class SparseLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {pattern}, bias={self.bias is not None}"
 
 
+def _prepared(packed: Packed, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """sparse_linear on this weight, without the checks and look-ups of every call; the same launcher runs."""
+    launch = dispatch.launcher("sparse_linear", packed.values.device)
+    if dispatch.choose("sparse_linear", packed.values.device.type) == "cpu":
+        from wandapp.kernels.sparse_linear.cpu import prepare_cpu
+
+        return prepare_cpu(packed, bias)
+    rows, cols = packed.shape
+    return lambda x: launch(x.view(-1, cols), packed, bias).view(*x.shape[:-1], rows)
+
+
+class TokenLinear(nn.Linear):
+    """nn.Linear with a dense weight that multiplies single tokens by wandapp's kernel: for the output embedding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == self.in_features and x.dtype is self.weight.dtype and not torch.compiler.is_compiling():
+            from wandapp.kernels.sparse_linear.cpu import dense_linear_of_token_cpu
+
+            return dense_linear_of_token_cpu(x.contiguous(), self.weight, self.bias)
+        return super().forward(x)
+
+
+def _speed_up_output(model: nn.Module) -> None:
+    """The output embedding is never pruned, and in 16 bit torch's product with it would take most of a token's time."""
+    output = model.get_output_embeddings()
+    if (
+        type(output) is nn.Linear
+        and output.weight.dtype in (torch.bfloat16, torch.float16)
+        and output.weight.is_cpu
+        and output.in_features % 64 == 0
+        and dispatch.choose("sparse_linear", "cpu") == "cpu"
+    ):
+        output.__class__ = TokenLinear  # keeps a tied weight tied
+
+
 def load_sparse(folder: str | Path, device: str = "cpu", dtype: str | torch.dtype | None = None) -> nn.Module:
     """The transformers model of a packed checkpoint, in eval mode, its linear maps `SparseLinear`.
 
@@ -118,7 +157,9 @@ def load_sparse(folder: str | Path, device: str = "cpu", dtype: str | torch.dtyp
         if not _place_sparse(model, checkpoint, tensor, inside):
             dense[inside] = tensor
     fill_skeleton(model, folder, ((inside, checkpoint.read_tensor(tensor)) for inside, tensor in dense.items()))
-    return model.to(target)
+    model.to(target)
+    _speed_up_output(model)
+    return model
 
 
 def _place_sparse(model: nn.Module, checkpoint: PackedCheckpoint, tensor: str, inside: str) -> bool:
@@ -163,6 +204,7 @@ def sparsify(model: nn.Module, pattern: str | SparsityPattern, *, skip: tuple[st
             except WandappError as error:
                 raise WandappError(f"{name}: {error}") from error
             _replace(model, name, SparseLinear(packed, module.bias))
+    _speed_up_output(model)
     return model.eval()
 
 
