@@ -197,11 +197,11 @@ def eval_command(
 ) -> None:
     """Measure perplexity, and state everything the figure depends on."""
     from wandapp.evaluate import perplexity
-    from wandapp.models import load_model
+    from wandapp.inference import load_either
 
     output = Output(json_only)
     output.note(f"loading {model}")
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded = load_either(model, dtype=dtype, device=device)
     with output.progress("window") as update:
         result = perplexity(
             loaded.model,
@@ -254,9 +254,10 @@ def generate_command(
     device: Device = "auto",
 ) -> None:
     """Continue PROMPT, always with the most likely token."""
-    from wandapp.models import generate, load_model
+    from wandapp.inference import load_either
+    from wandapp.models import generate
 
-    loaded = load_model(model, dtype=dtype, device=device)
+    loaded = load_either(model, dtype=dtype, device=device)
     print(prompt + generate(loaded.model, loaded.tokenizer, prompt, max_new_tokens))
 
 

@@ -47,7 +47,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("bitmask", packed.bitmask)
         self.register_buffer("row_offsets", packed.row_offsets)
         self.register_parameter("bias", bias)
-        self._run, self._run_values = None, None  # what `forward` calls, and the values that it was made for
+        self._run, self._run_values, self._run_bias = None, None, None  # what `forward` calls, and what it was made for
 
     @property
     def packed(self) -> Packed:
@@ -59,6 +59,7 @@ class SparseLinear(nn.Module):
         values = self._buffers["values"]
         if (
             self._run_values is not values
+            or self._run_bias is not self._parameters["bias"]
             or torch.compiler.is_compiling()
             or x.dtype is not values.dtype
             or x.shape[-1] != self.in_features
@@ -72,11 +73,11 @@ class SparseLinear(nn.Module):
         packed, bias = self.packed, self.bias
         y = sparse_linear(x, packed, bias)
         if not torch.compiler.is_compiling():
-            self._run, self._run_values = _prepared(packed, bias), packed.values
+            self._run, self._run_values, self._run_bias = _prepared(packed, bias), packed.values, bias
         return y
 
     def _apply(self, fn, recurse=True):
-        self._run, self._run_values = None, None  # the memory may change
+        self._run = self._run_values = self._run_bias = None  # the memory may change
         return super()._apply(fn, recurse)
 
     def to_dense(self) -> Tensor:
