@@ -153,19 +153,19 @@ def pack_cases() -> list[Case]:
 def decode_cases() -> list[Case]:
     found = []
     for tokens, rows, cols in [(1, 4096, 4096), (8, 11008, 4096), (16, 4096, 11008)]:
-        config = sparse_linear.decode_24_config(rows, cols)
+        config = sparse_linear.decode_24_config(tokens, rows, cols)
         stages, splits = config.pop("num_stages"), config["SPLITS"]
-        warps = slices = config.pop("num_warps")
-        steps = -(-cols // (slices * config["BLOCK_COLS"])) // splits
+        quarters = sparse_linear.QUARTERS
+        steps = -(-cols // (quarters * config["BLOCK_COLS"])) // splits
         least = 1.125 + 2 * tokens * (rows + cols) / rows / cols
-        constants = {"bias_ptr": None, "WORD_COLS": 32, "TOKENS": 8 if tokens <= 8 else 16}
+        constants = {"bias_ptr": None, "WORD_COLS": 32, "TOKENS": 8 if tokens <= 8 else 16, "QUARTERS": quarters}
         pointers = {"x_ptr": "*bf16", "values_ptr": "*bf16", "bitmask_ptr": "*i32", "y_ptr": "*bf16"}
-        in_step = config["BLOCK_ROWS"] * config["BLOCK_COLS"] * slices
+        in_step = config["BLOCK_ROWS"] * config["BLOCK_COLS"] * quarters
         found.append(
             Case(
                 f"sparse_linear 2:4 bf16 {tokens} x {cols} -> {rows}", sparse_linear._decode_24_kernel, pointers,
                 {**constants, "WIDEN": False, **config}, config["BLOCK_ROWS"] * cols // splits, least,
-                least + (8 * tokens * splits / cols if splits > 1 else 0), trips=(steps,), warps=warps, stages=stages,
+                least + (8 * tokens * splits / cols if splits > 1 else 0), trips=(steps,), stages=stages,
                 fusion=True, undivisible=("tokens",), bytes_asked=int(in_step * 1.125 * (stages - 1)),
             )
         )  # fmt: skip

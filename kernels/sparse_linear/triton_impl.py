@@ -1,8 +1,8 @@
 """y = x W^T + b from the packed form in Triton, for the few tokens of decode; more tokens go through the dense weight.
 
-2:4 in 16 bits: a warp owns 16 rows of one slice of the columns in work. It expands values and bitmask in
+2:4 in 16 bits: a warp owns 16 or 32 rows of one quarter of the columns in work. It expands values and bitmask in
 registers (three selects a group, no address is computed per weight) and hands the dense fragment to the tensor cores,
-whose cost is the same for 1 and for 16 tokens. The slices meet once, at the end: bytes of W decide the time.
+whose cost is the same for 1 and for 16 tokens. The quarters meet once, at the end: bytes of W decide the time.
 
 Every other pattern, and fp32: each thread finds the place of its 8 columns' weights by a running count of the bitmask
 and loads them one by one; neighbours in the row are neighbours in memory. About 17 thread-instructions a byte: twice
@@ -20,6 +20,7 @@ from wandapp.kernels.pack.triton_impl import unpack_triton
 from wandapp.kernels.select.triton_impl import split_lanes, widen
 
 DECODE_TOKENS = 16  # two fragments of the tensor cores; one, of 8 tokens, is the narrowest
+QUARTERS = 4  # warps of a program, each with its own columns
 ENOUGH_PROGRAMS = 256  # below it, columns are split over programs too
 
 
@@ -34,30 +35,18 @@ def sparse_linear_triton(x: Tensor, packed: Packed, bias: Tensor | None) -> Tens
     return _decode_gather(x, packed, bias, y)
 
 
-def decode_24_config(rows: int, cols: int) -> dict:
-    """Tile of one program: rows, columns of one warp per step, warps, software pipeline, and programs that share a row.
-
-    Steps are short, so that all programs of a matrix fit on the GPU at once: with 6 a multiprocessor, 11008 rows leave no
-    second wave that is mostly empty. Fewer rows give every program 8 warps, which hide one another's expansion.
-    """
-    block_rows = 16
+def decode_24_config(tokens: int, rows: int, cols: int) -> dict:
+    """Tile of one program: rows, columns of one warp per step, software pipeline, and programs that share a row."""
+    block_rows = 16 if tokens <= 4 or rows < 8192 else 32
+    block_cols = min(128, max(32, triton.next_power_of_2(cols) // QUARTERS))
     programs = triton.cdiv(rows, block_rows)
-    slices = 8 if programs <= ENOUGH_PROGRAMS else 4
-    block_cols = min(64, max(32, triton.next_power_of_2(cols) // slices))
-    splits = max(1, min(ENOUGH_PROGRAMS // programs, triton.cdiv(cols, slices * block_cols) // 2))
-    return {
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_COLS": block_cols,
-        "SLICES": slices,
-        "SPLITS": splits,
-        "num_warps": slices,
-        "num_stages": 3 if slices == 8 else 4,
-    }
+    splits = max(1, min(ENOUGH_PROGRAMS // programs, triton.cdiv(cols, QUARTERS * block_cols) // 2))
+    return {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols, "SPLITS": splits, "num_stages": 3}
 
 
 def _decode_24(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, config: dict | None = None) -> Tensor:
     rows, cols = packed.shape
-    config = config or decode_24_config(rows, cols)
+    config = config or decode_24_config(x.shape[0], rows, cols)
     splits = config["SPLITS"]
     words = cols % 32 == 0  # then rows of the bitmask are whole 32-bit words
     bitmask = packed.bitmask.contiguous()
@@ -65,8 +54,8 @@ def _decode_24(x: Tensor, packed: Packed, bias: Tensor | None, y: Tensor, config
     _decode_24_kernel[(triton.cdiv(rows, config["BLOCK_ROWS"]), splits)](
         x, packed.values.contiguous(), bitmask.view(torch.int32) if words else bitmask,
         bias if splits == 1 else None, partial, x.shape[0], rows, cols, cols // 2, cols // 32 if words else cols + 7 >> 3,
-        WORD_COLS=32 if words else 8, TOKENS=8 if x.shape[0] <= 8 else 16,
-        WIDEN=x.device.type == "cpu", **config, enable_fp_fusion=True,
+        WORD_COLS=32 if words else 8, TOKENS=8 if x.shape[0] <= 8 else 16, QUARTERS=QUARTERS,
+        WIDEN=x.device.type == "cpu", **config, num_warps=QUARTERS, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         _add_splits_kernel[(triton.cdiv(y.numel(), 512),)](
@@ -102,7 +91,7 @@ def _decode_24_kernel(
     stride_bitmask_row,
     WORD_COLS: tl.constexpr,
     TOKENS: tl.constexpr,
-    SLICES: tl.constexpr,
+    QUARTERS: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter would multiply bf16 as integers
     SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -111,19 +100,19 @@ def _decode_24_kernel(
     GROUPS: tl.constexpr = BLOCK_COLS // 4
     WORDS: tl.constexpr = BLOCK_COLS // WORD_COLS
     offs_rows = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[None, :, None]
-    slice_of_warp = tl.arange(0, SLICES)[:, None, None]
+    quarter = tl.arange(0, QUARTERS)[:, None, None]
     offs_tokens = tl.arange(0, TOKENS)[None, None, :]
     offs_k = tl.arange(0, BLOCK_COLS)[None, :, None]
     values_row_ptrs = values_ptr + offs_rows * stride_values_row
     bitmask_row_ptrs = bitmask_ptr + offs_rows * stride_bitmask_row
     keep_rows = offs_rows < rows
 
-    steps = tl.cdiv(cols, SLICES * BLOCK_COLS)
+    steps = tl.cdiv(cols, QUARTERS * BLOCK_COLS)
     steps_per_split = tl.cdiv(steps, SPLITS)
     first_step = tl.program_id(1) * steps_per_split
-    y_tile = tl.zeros((SLICES, BLOCK_ROWS, TOKENS), tl.float32)
+    y_tile = tl.zeros((QUARTERS, BLOCK_ROWS, TOKENS), tl.float32)
     for step in range(first_step, tl.minimum(first_step + steps_per_split, steps)):
-        block = step * SLICES + slice_of_warp
+        block = step * QUARTERS + quarter
         offs_values = block * (BLOCK_COLS // 2) + tl.arange(0, BLOCK_COLS // 2)[None, None, :]
         keep_values = keep_rows & (offs_values < cols // 2)
         value_tile = tl.load(values_row_ptrs + offs_values, mask=keep_values, other=0.0)
@@ -132,11 +121,13 @@ def _decode_24_kernel(
         words = tl.load(bitmask_row_ptrs + offs_words, mask=keep_words, other=0).to(tl.int32)
         offs_cols = block * BLOCK_COLS + offs_k
         keep_x = (offs_cols < cols) & (offs_tokens < tokens)
-        x_tile = tl.load(x_ptr + offs_tokens * cols + offs_cols, mask=keep_x, other=0.0)  # [SLICES, BLOCK_COLS, TOKENS]
+        x_tile = tl.load(
+            x_ptr + offs_tokens * cols + offs_cols, mask=keep_x, other=0.0
+        )  # [QUARTERS, BLOCK_COLS, TOKENS]
 
         nibble_shift = tl.arange(0, WORD_COLS // 4)[None, None, None, :] * 4
-        nibbles = (words[:, :, :, None] >> nibble_shift).reshape(SLICES, BLOCK_ROWS, GROUPS)
-        weight_tile = _expand_24(value_tile, nibbles, SLICES, BLOCK_ROWS, GROUPS)
+        nibbles = (words[:, :, :, None] >> nibble_shift).reshape(QUARTERS, BLOCK_ROWS, GROUPS)
+        weight_tile = _expand_24(value_tile, nibbles, QUARTERS, BLOCK_ROWS, GROUPS)
         if WIDEN:
             weight_tile, x_tile = weight_tile.to(tl.float32), x_tile.to(tl.float32)
         y_tile = tl.dot(weight_tile, x_tile, acc=y_tile)
@@ -151,19 +142,19 @@ def _decode_24_kernel(
 
 
 @triton.jit
-def _expand_24(value_tile, nibbles, SLICES: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """Dense [SLICES, ROWS, 4 * GROUPS] from two values a group and the four low bits of `nibbles`, two of them set.
+def _expand_24(value_tile, nibbles, QUARTERS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Dense [QUARTERS, ROWS, 4 * GROUPS] from two values a group and the four low bits of `nibbles`, two of them set.
 
     Column 0 can only hold the first value and column 3 only the second; in between, the neighbour's bit decides which.
     """
-    first, second = tl.split(value_tile.reshape(SLICES, ROWS, GROUPS, 2))
+    first, second = tl.split(value_tile.reshape(QUARTERS, ROWS, GROUPS, 2))
     in0, in1, in2, in3 = (nibbles & 1) != 0, (nibbles & 2) != 0, (nibbles & 4) != 0, (nibbles & 8) != 0
     column0 = tl.where(in0, first, 0.0)
     column1 = tl.where(in1, tl.where(in0, second, first), 0.0)
     column2 = tl.where(in2, tl.where(in3, first, second), 0.0)
     column3 = tl.where(in3, second, 0.0)
     dense = tl.join(tl.join(column0, column2), tl.join(column1, column3))
-    return dense.reshape(SLICES, ROWS, GROUPS * 4)
+    return dense.reshape(QUARTERS, ROWS, GROUPS * 4)
 
 
 @triton.jit
