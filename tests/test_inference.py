@@ -231,3 +231,35 @@ def test_generate_command_reads_packed_folders(packed_checkpoint, monkeypatch, c
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert not caught.value.code and capfd.readouterr().out.startswith("The sea")
+
+
+def test_bench_command(packed_checkpoint, tmp_path, monkeypatch, capfd):
+    from wandapp import bench_inference, cli
+
+    _, packed = packed_checkpoint("llama", "2:4")
+    measure, places = bench_inference._measure_loading, []
+    figures = {"load_seconds": 1.0, "resident_mib": 1.0}
+
+    def measure_one(folder, dtype):  # a process of its own takes seconds, so one of the two
+        places.append(folder)
+        return measure(folder, dtype) if folder == packed else figures
+
+    monkeypatch.setattr(bench_inference, "_measure_loading", measure_one)
+    monkeypatch.setattr(bench_inference, "COPY_BYTES", 1 << 20)
+    options = "--prompt-tokens 20 --new-tokens 4 --rounds 1 --batch 1 --batch 3 --json".split()
+    plot = tmp_path / "bench.png"
+    monkeypatch.setattr(sys, "argv", ["wandapp", "bench", "inference", str(packed), *options, "--plot", str(plot)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    text, shown = capfd.readouterr()
+    assert not caught.value.code and plot.read_bytes().startswith(b"\x89PNG")
+    result = json.loads(text)
+    assert len(places) == 2 and shown.index("copy bandwidth") < shown.index("prefill_ms")
+    assert result["rows"]["sparse"]["weights_mib"] < result["rows"]["dense"]["weights_mib"]
+    assert result["rows"]["sparse"]["resident_mib"] > 0 and result["rows"]["sparse"]["step_ms_batch_3"] > 0
+    assert result["agreement"] == {"texts": 3, "identical_texts": 3, "tokens_until_they_part": 4.0, "of_tokens": 4}
+    assert {(row["out"], row["in"], row["count"]) for row in result["kernels"]} >= {
+        (64, 64, 6),
+        (128, 64, 6),
+        (64, 128, 3),
+    }

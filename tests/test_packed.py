@@ -384,6 +384,19 @@ def test_commands(pruned_checkpoint, tmp_path, monkeypatch, capfd):
     assert call(monkeypatch, capfd, "verify", dense)[0] == 0
 
 
+def test_prune_packs_in_one_go(pruned_checkpoint, tmp_path, monkeypatch, capfd):
+    _, folder = pruned_checkpoint("gpt2", "0.5")  # tied embeddings, transposed weights
+    options = "--method magnitude --sparsity 2:4 --calibration pydoc --samples 2 --seq-len 16 --pack --json".split()
+    code, text, error = call(monkeypatch, capfd, "prune", folder, "--out", tmp_path / "out", *options)
+    assert code == 0, error
+    assert json.loads(text)["packed"]["out"] == str(tmp_path / "out-packed")
+    assert verify_packed(tmp_path / "out-packed", "2:4").ok
+    shutil.rmtree(tmp_path / "out")
+    code, _, error = call(monkeypatch, capfd, "prune", folder, "--out", tmp_path / "out", *options)
+    assert code == 2 and "out-packed: the output folder exists already" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_killed_pack_leaves_nothing_that_looks_complete(tmp_path, pruned_checkpoint):
     _, folder = pruned_checkpoint("llama", "2:4")
     code = f"""

@@ -97,6 +97,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="print the 
 def prune_command(
     model: Annotated[str | None, typer.Argument(help="hub id, local folder, .gguf file, or smollm2")] = None,
     config: Annotated[Path | None, typer.Option(help="recipe.yaml with any of these options; flags win")] = None,
+    pack: Annotated[bool, typer.Option("--pack", help="also write the packed form, to OUT-packed")] = False,
     json_only: Json = False,
     options: dict[str, Any] | None = None,
 ) -> None:
@@ -105,8 +106,10 @@ def prune_command(
     if model is not None:
         options["model"] = model
     recipe = PruneConfig.from_yaml(config, **options) if config else PruneConfig(**options)
+    packed = cli_packed.check_packed_output(recipe) if pack else None
     report = run_recipe(recipe, output)
-    output.finish({"model": recipe.model, "out": recipe.out, **report.to_dict()})
+    sizes = {"packed": cli_packed.pack_and_show(recipe.out, packed, output, overwrite=recipe.overwrite)} if pack else {}
+    output.finish({"model": recipe.model, "out": recipe.out, **report.to_dict(), **sizes})
 
 
 def run_recipe(recipe: PruneConfig, output: Output) -> Any:

@@ -45,6 +45,18 @@ def pack_and_show(
     return _show(summary, out, output)
 
 
+def check_packed_output(recipe: Any) -> Path | None:
+    """Where `prune --pack` writes the packed form, after a check that it can."""
+    from wandapp.models import check_output
+
+    if recipe.out is None:
+        return None  # pruning will say that it needs one
+    out = Path(recipe.out)
+    packed = out.with_name(f"{out.name}-packed")
+    check_output(packed, recipe.overwrite)
+    return packed
+
+
 @commands.command("unpack")
 def unpack_command(
     packed: Annotated[Path, typer.Argument(help="folder of a packed checkpoint")],
@@ -75,3 +87,27 @@ def _show(summary: Any, out: Path, output: Output) -> dict[str, Any]:
 
 def _sizes(dense: int, packed: int) -> str:
     return f"{dense / 2**20:.1f} MiB dense, {packed / 2**20:.1f} MiB packed ({packed / max(dense, 1):.2%})"
+
+
+bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+commands.add_typer(bench, name="bench")
+
+
+@bench.command("inference")
+def bench_inference_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a packed or a pruned checkpoint")],
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="tokens to write")] = 32,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="batch sizes [1 4 16]")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="turns that dense and sparse take")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="write a plot (.png or .svg)")] = None,
+    json_only: Json = False,
+) -> None:
+    """Compare dense and sparse: load time, memory, prefill, decode, kernels, agreement."""
+    from wandapp.bench_inference import bench_inference
+
+    output = Output(json_only)
+    options = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds, "plot": plot}
+    result = bench_inference(folder, output, dtype=dtype, batches=batch or (1, 4, 16), **options)
+    output.finish(result)
