@@ -8,11 +8,10 @@
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-PIP_ARGS ?=
 
 VENV := .venv
 # --no-compile: Python compiles what it imports, which is a fraction of what torch and transformers bring.
-INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input install --no-compile -c constraints.txt $(PIP_ARGS)
+INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input install --no-compile -c constraints.txt
 
 # One stamp per step, so that a changed kernel is compiled again without a look at the dependencies.
 TOOLS := $(VENV)/.tools
@@ -29,8 +28,9 @@ venv: $(INSTALLED) $(MODEL)
 demo: venv
 	$(VENV)/bin/wandapp demo
 
+# Two workers; passive waiting, for OpenMP threads that spin would take the other worker's core.
 test: venv
-	$(VENV)/bin/python -m pytest
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 bench: venv
 	$(VENV)/bin/python benchmarks/bench_kernels.py

@@ -473,8 +473,7 @@ def select(bench: Bench) -> None:
             fresh = [random_weight(rows, cols) for _ in weights]
             calls = over(fresh, launcher("select_rows", backend), scale, None, **keep)
             bench.time(f"select_rows 50% {backend}", shape, calls, bytes_moved=3 * elements, baseline=("sort", sort))
-            in_place = over(fresh, launcher("prune_rows_", backend), scale, None, **keep)
-            bench.time(f"prune_rows_ 50% {backend}", shape, in_place, bytes_moved=4.125 * elements)
+            # prune_rows_ is not timed: from the second call on its weight is pruned, and the search ends at once
 
 
 def torch_topk_nm(weight, scale):
