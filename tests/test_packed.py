@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wandapp import WandappError, load_model
+from wandapp import WandappError, load_model, load_sparse
 from wandapp.packed import PackedCheckpoint
 from wandapp.packing import pack_checkpoint, unpack_checkpoint
 from wandapp.verify import verify_packed
@@ -333,7 +333,8 @@ def test_config_that_asks_for_more_than_the_files_hold(copy, tmp_path):
 @given(data=st.data())
 def test_flipped_bytes_never_crash_the_reader(packed, fuzzed, data):
     """Either it reads, or it says why not in one sentence; and it never takes much memory."""
-    files = sorted(path.relative_to(packed) for path in [*packed.glob("*.safetensors"), packed / "wandapp/packed.json"])
+    others = packed / "wandapp/packed.json", packed / "config.json"
+    files = sorted(path.relative_to(packed) for path in [*packed.glob("*.safetensors"), *others])
     name = data.draw(st.sampled_from(files))
     content = bytearray((packed / name).read_bytes())
     header = min(len(content), 4000)  # most of the decisions are made there
@@ -344,6 +345,7 @@ def test_flipped_bytes_never_crash_the_reader(packed, fuzzed, data):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         read_everything(fuzzed)
+        load_sparse(fuzzed)
     except WandappError as error:
         assert "\n" not in str(error)
     finally:

@@ -271,6 +271,7 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     axes.set_xticks([index + 0.2 for index in range(len(batches))], batches)
     title = f"{Path(result['model']).name}, {result['dtype']}, {result['machine']['torch threads']} threads"
     axes.set(xlabel="batch", ylabel="tokens / s", title=title)
+    axes.margins(y=0.1)
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -39,7 +40,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 # What the readers of a damaged file raise; anything else is a mistake of ours and keeps its traceback.
 _LOAD_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError, ArithmeticError),
-    *(MemoryError, struct.error, SafetensorError),
+    *(MemoryError, struct.error, SafetensorError, StrictDataclassError),
 )
 
 
@@ -284,7 +285,8 @@ def skeleton(folder: str | Path, *, dtype: torch.dtype | None = None, max_blocks
     max_blocks  a config that asks for more decoder blocks is refused, since each costs memory even without weights
     """
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        with _quiet_transformers():
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         blocks = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
         if max_blocks is not None and blocks > max_blocks:
             raise WandappError(f"{folder}: config.json asks for {blocks} blocks, the weights hold at most {max_blocks}")
