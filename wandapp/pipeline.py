@@ -22,7 +22,7 @@ from wandapp.report import MachineRate, Progress, PruneReport, peak_gib
 from wandapp.store import ModelStore
 from wandapp.verify import offence
 
-TOKENS_PER_FORWARD = {"cpu": 1024, "cuda": 16384}
+TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 16384}
 
 
 def prune(
