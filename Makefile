@@ -1,5 +1,6 @@
 # make demo     prune a real language model and compare it with the dense one
 # make test     run the tests
+# make test-slow   run the tests that take long: kill series, large checkpoints, interpreter sweeps
 # make bench    measure the kernels against this machine's ceilings
 # make lint     check style
 # make clean    remove everything that was made
@@ -19,9 +20,9 @@ INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/.model
 NATIVE := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help venv demo test bench lint clean
+.PHONY: help venv demo test test-slow bench lint clean
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 venv: $(INSTALLED) $(MODEL)
 
@@ -30,7 +31,10 @@ demo: venv
 
 # Two workers; passive waiting, for OpenMP threads that spin would take the other worker's core.
 test: venv
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: venv
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow
 
 bench: venv
 	$(VENV)/bin/python benchmarks/bench_kernels.py
