@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from wandapp import __version__, cli_packed
+from wandapp import __version__, cli_bench, cli_packed
 from wandapp.config import PruneConfig
 from wandapp.console import Output, fail
 from wandapp.errors import WandappError
@@ -31,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_packed.commands)
+app.add_typer(cli_bench.bench, name="bench")
 
 
 def main() -> None:

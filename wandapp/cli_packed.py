@@ -89,8 +89,7 @@ def _sizes(dense: int, packed: int) -> str:
     return f"{dense / 2**20:.1f} MiB dense, {packed / 2**20:.1f} MiB packed ({packed / max(dense, 1):.2%})"
 
 
-bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
-commands.add_typer(bench, name="bench")
+bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)  # cli_bench.py adds to it
 
 
 @bench.command("inference")

@@ -68,9 +68,10 @@ def check_packed(packed: Packed) -> None:
         f"bitmask must be uint8 {[rows, (cols + 7) // 8]}, got {bitmask.dtype} {list(bitmask.shape)}",
     )
     if packed.pattern is None:
+        got = "none" if row_offsets is None else f"{row_offsets.dtype} {list(row_offsets.shape)}"
         require(
             row_offsets is not None and row_offsets.dtype == torch.int64 and tuple(row_offsets.shape) == (rows + 1,),
-            f"an unstructured weight needs int64 row_offsets [{rows + 1}], got {row_offsets}",
+            f"an unstructured weight needs int64 row_offsets [{rows + 1}], got {got}",
         )
         require(values.dim() == 1, f"values of an unstructured weight must be 1-D, got shape {list(values.shape)}")
         return
