@@ -15,6 +15,7 @@ FLOORS = {
     "wandapp.errors": 0,  # any floor may raise
     "wandapp.kernels": 1,
     "wandapp.pattern": 2,
+    "wandapp.options": 2,
     "wandapp.config": 2,
     "wandapp.models": 3,
     "wandapp.corpus": 3,

@@ -3,25 +3,18 @@
 Exit codes: 0 done, 1 verification failed, 2 bad input (one sentence on stderr), 3 interrupted.
 """
 
-import inspect
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 
 from wandapp import __version__, cli_bench, cli_packed
+from wandapp.cli_options import Device, Dtype, Json, ModelArgument, with_flags_of
 from wandapp.config import PruneConfig
 from wandapp.console import Output, fail
 from wandapp.errors import WandappError
-
-Json = Annotated[bool, typer.Option("--json", help="last line of stdout is one JSON object; all else goes to stderr")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-ModelArgument = Annotated[str, typer.Argument(help="hub id, local folder, .gguf file, or smollm2")]
 
 app = typer.Typer(
     help="Prune large language models in one shot, and prove the pattern.",
@@ -48,44 +41,6 @@ def main() -> None:
         raise
 
 
-def _with_config_options(command: Callable) -> Callable:
-    """The command with one flag per field of PruneConfig; those that were given arrive in `options`.
-
-    Values stay text: PruneConfig alone decides what is valid and says what is not.
-    """
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "options"]
-    flags = [_flag(name, field) for name, field in PruneConfig.model_fields.items() if name != "model"]
-
-    def run(**given: Any) -> None:
-        arguments = {p.name: given.pop(p.name) for p in own}
-        command(**arguments, options={name: value for name, value in given.items() if value})
-
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *flags)]
-    run.__signature__ = inspect.Signature(parameters)
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    run.__doc__ = command.__doc__
-    return run
-
-
-def _flag(name: str, field: Any) -> inspect.Parameter:
-    default = "" if field.default in (None, False, ()) else f" [{field.default}]"
-    kind = {bool: bool, tuple: list[str]}.get(get_origin(field.annotation) or field.annotation, str)
-    metavar = None if kind is bool else _metavar(field.annotation)
-    option = typer.Option(f"--{name.replace('_', '-')}", help=f"{field.description}{default}", metavar=metavar)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
-
-
-def _metavar(annotation: Any) -> str:
-    """What a flag's value looks like: "row|matrix", "float|auto", "int", "text"."""
-    if get_origin(annotation) in (Union, UnionType):
-        return "|".join(_metavar(member) for member in get_args(annotation) if member is not NoneType)
-    if get_origin(annotation) is Literal:
-        return "|".join(get_args(annotation))
-    return annotation.__name__ if annotation in (int, float) else "text"
-
-
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:
@@ -94,7 +49,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="print the 
 
 
 @app.command("prune")
-@_with_config_options
+@with_flags_of(PruneConfig, leave_out=("model",))
 def prune_command(
     model: Annotated[str | None, typer.Argument(help="hub id, local folder, .gguf file, or smollm2")] = None,
     config: Annotated[Path | None, typer.Option(help="recipe.yaml with any of these options; flags win")] = None,

@@ -5,10 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from wandapp.cli_options import Json, Overwrite
 from wandapp.console import Output
-
-Json = Annotated[bool, typer.Option("--json", help="last line of stdout is one JSON object; all else goes to stderr")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a folder that wandapp wrote")]
 
 commands = typer.Typer()
 

@@ -5,22 +5,18 @@ resolved form: `wandapp prune --config OUT/wandapp/recipe.yaml --out NEW` repeat
 """
 
 import re
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from wandapp.errors import WandappError, nearest
+from wandapp.options import Options
 from wandapp.pattern import SparsityPattern
 
 _DTYPE_SYNONYMS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
 
 
-class PruneConfig(BaseModel):
+class PruneConfig(Options):
     """The options of one pruning run; an unknown name or a bad value raises `WandappError`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # Which model, and where the result goes
     model: str | None = Field(None, description="hub id, local folder, .gguf file, or 'smollm2'")
@@ -80,12 +76,6 @@ class PruneConfig(BaseModel):
         0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of its mean (arXiv:2301.00774)"
     )
 
-    def __init__(self, **options: Any):
-        try:
-            super().__init__(**options)
-        except ValidationError as error:
-            raise WandappError(_one_sentence(error)) from None
-
     @property
     def pattern(self) -> SparsityPattern:
         """The parsed `sparsity`."""
@@ -93,33 +83,7 @@ class PruneConfig(BaseModel):
 
     def resolved(self) -> "PruneConfig":
         """The same with every open method option filled in from the preset."""
-        values = self.model_dump()
-        return PruneConfig(
-            **values | {key: value for key, value in PRESETS[self.preset].items() if values[key] is None}
-        )
-
-    @classmethod
-    def from_yaml(cls, path: str | Path, **overrides: Any) -> "PruneConfig":
-        """The recipe in a YAML file; an override wins over the file's value."""
-        try:
-            recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _RecipeLoader)
-        except OSError as error:
-            raise WandappError(f"{path}: the recipe cannot be read ({error.strerror}); check the path") from None
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            reason = getattr(error, "problem", None) or str(error).replace("\n", " ")
-            line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-            raise WandappError(f"{path}{line}: not valid YAML ({reason}); write one 'key: value' per line") from None
-        if not isinstance(recipe, dict):
-            raise WandappError(f"{path}: a recipe is a list of 'key: value' lines, got {type(recipe).__name__}")
-        return cls(**{str(key): value for key, value in recipe.items()} | overrides)
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Write the resolved recipe; `from_yaml` reads it back unchanged."""
-        Path(path).write_text(self.dump_yaml(), encoding="utf-8")
-
-    def dump_yaml(self) -> str:
-        """The resolved recipe as YAML text."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return self.with_values(PRESETS[self.preset])
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -174,28 +138,3 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_loss": "token",
     },
 }
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """The safe loader, except that numbers stay text for pydantic: YAML 1.1 reads 2:4 as 124 and 1e-7 as a word."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-def _one_sentence(error: ValidationError) -> str:
-    """What is wrong with the first bad option, and the way out."""
-    details = error.errors(include_url=False)
-    for detail in details:
-        if detail["type"] == "extra_forbidden":
-            name = str(detail["loc"][0])
-            return f"option {name!r} does not exist; {nearest(name, PruneConfig.model_fields)}"
-    detail = details[0]
-    own_error = detail.get("ctx", {}).get("error")
-    if isinstance(own_error, WandappError):
-        return str(own_error)
-    name = str(detail["loc"][0])
-    rule = str(own_error or detail["msg"]).replace("Input should be", "must be")
-    return f"{name}: {rule}, got {detail['input']!r} ({PruneConfig.model_fields[name].description})"

@@ -1,0 +1,58 @@
+"""What the commands' options share: common flags, and one flag per field of a set of options."""
+
+import inspect
+from collections.abc import Callable
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+
+from wandapp.options import Options
+
+Json = Annotated[bool, typer.Option("--json", help="last line of stdout is one JSON object; all else goes to stderr")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a folder that wandapp wrote")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+ModelArgument = Annotated[str, typer.Argument(help="hub id, local folder, .gguf file, or smollm2")]
+
+
+def with_flags_of(kind: type[Options], leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Decorator: the command with one flag per field of `kind`; those that were given arrive in `options`.
+
+    Values stay text: `kind` alone decides what is valid and says what is not.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "options"]
+        flags = [_flag(name, field) for name, field in kind.model_fields.items() if name not in leave_out]
+
+        def run(**given: Any) -> None:
+            arguments = {p.name: given.pop(p.name) for p in own}
+            command(**arguments, options={name: value for name, value in given.items() if value})
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *flags)]
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__doc__ = command.__doc__
+        return run
+
+    return decorate
+
+
+def _flag(name: str, field: Any) -> inspect.Parameter:
+    default = "" if field.default in (None, False, ()) else f" [{field.default}]"
+    kind = {bool: bool, tuple: list[str]}.get(get_origin(field.annotation) or field.annotation, str)
+    metavar = None if kind is bool else _metavar(field.annotation)
+    option = typer.Option(f"--{name.replace('_', '-')}", help=f"{field.description}{default}", metavar=metavar)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _metavar(annotation: Any) -> str:
+    """What a flag's value looks like: "row|matrix", "float|auto", "int", "text"."""
+    if get_origin(annotation) in (Union, UnionType):
+        return "|".join(_metavar(member) for member in get_args(annotation) if member is not NoneType)
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    return annotation.__name__ if annotation in (int, float) else "text"

@@ -1,0 +1,74 @@
+"""What every set of options shares: unknown names and bad values are refused in one sentence, YAML goes both ways."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from wandapp.errors import WandappError, nearest
+
+
+class Options(BaseModel):
+    """Options with defaults and descriptions; an unknown name or a bad value raises `WandappError`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, **options: Any):
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise WandappError(_one_sentence(error, type(self))) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
+        """The options in a YAML file; an override wins over the file's value."""
+        try:
+            recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _RecipeLoader)
+        except OSError as error:
+            raise WandappError(f"{path}: the recipe cannot be read ({error.strerror}); check the path") from None
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            reason = getattr(error, "problem", None) or str(error).replace("\n", " ")
+            line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+            raise WandappError(f"{path}{line}: not valid YAML ({reason}); write one 'key: value' per line") from None
+        if not isinstance(recipe, dict):
+            raise WandappError(f"{path}: a recipe is a list of 'key: value' lines, got {type(recipe).__name__}")
+        return cls(**{str(key): value for key, value in recipe.items()} | overrides)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the options; `from_yaml` reads them back unchanged."""
+        Path(path).write_text(self.dump_yaml(), encoding="utf-8")
+
+    def dump_yaml(self) -> str:
+        """The options as YAML text."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def with_values(self, values: dict[str, Any]) -> Self:
+        """The same with every field that is None filled in from `values`."""
+        own = self.model_dump()
+        return type(self)(**own | {key: value for key, value in values.items() if own[key] is None})
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """The safe loader, except that numbers stay text for pydantic: YAML 1.1 reads 2:4 as 124 and 1e-7 as a word."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _one_sentence(error: ValidationError, kind: type[Options]) -> str:
+    """What is wrong with the first bad option, and the way out."""
+    details = error.errors(include_url=False)
+    for detail in details:
+        if detail["type"] == "extra_forbidden":
+            name = str(detail["loc"][0])
+            return f"option {name!r} does not exist; {nearest(name, kind.model_fields)}"
+    detail = details[0]
+    own_error = detail.get("ctx", {}).get("error")
+    if isinstance(own_error, WandappError):
+        return str(own_error)
+    name = str(detail["loc"][0])
+    rule = str(own_error or detail["msg"]).replace("Input should be", "must be")
+    return f"{name}: {rule}, got {detail['input']!r} ({kind.model_fields[name].description})"
