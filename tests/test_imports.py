@@ -21,6 +21,7 @@ FLOORS = {
     "wandapp.corpus": 3,
     "wandapp.calibration": 3,
     "wandapp.blocks": 3,
+    "wandapp.distributed": 3,
     "wandapp.statistics": 3,
     "wandapp.methods": 4,
     "wandapp.store": 4,

@@ -13,7 +13,7 @@ import typer
 from wandapp import __version__, cli_bench, cli_packed
 from wandapp.cli_options import Device, Dtype, Json, ModelArgument, with_flags_of
 from wandapp.config import PruneConfig
-from wandapp.console import Output, fail
+from wandapp.console import Output, fail, speaks_for_all
 from wandapp.errors import WandappError
 
 app = typer.Typer(
@@ -32,7 +32,8 @@ def main() -> None:
     try:
         app()
     except WandappError as error:
-        fail(error)
+        if speaks_for_all() or error.is_of_one_rank:
+            fail(error)
         sys.exit(2)
     except SystemExit as exit:
         if exit.code == 130:  # what a shell calls SIGINT
@@ -64,6 +65,8 @@ def prune_command(
     recipe = PruneConfig.from_yaml(config, **options) if config else PruneConfig(**options)
     packed = cli_packed.check_packed_output(recipe) if pack else None
     report = run_recipe(recipe, output)
+    if not speaks_for_all():
+        return
     sizes = {"packed": cli_packed.pack_and_show(recipe.out, packed, output, overwrite=recipe.overwrite)} if pack else {}
     output.finish({"model": recipe.model, "out": recipe.out, **report.to_dict(), **sizes})
 
@@ -76,19 +79,21 @@ def run_recipe(recipe: PruneConfig, output: Output) -> Any:
         if getattr(recipe, name) is None:
             raise WandappError(f"prune needs {name}; give it, e.g. {example}")
     methods.resolve(recipe.method)
+    from wandapp.distributed import join
     from wandapp.models import check_output, load_model, resolve_device, save_pruned
 
-    resolve_device(recipe.device)
-    check_output(recipe.out, recipe.overwrite)
-    output.note(f"loading {recipe.model}")
-    model, tokenizer = load_model(recipe.model, dtype=recipe.dtype)
-    report = prune_with_progress(model, tokenizer, recipe, output)
-    save_pruned(model, tokenizer, recipe.out, files=companion_files(recipe, report), overwrite=recipe.overwrite)
+    with join(resolve_device(recipe.device)) as ranks:
+        ranks.first(lambda: check_output(recipe.out, recipe.overwrite))
+        output.note(f"loading {recipe.model}")
+        model, tokenizer = load_model(recipe.model, dtype=recipe.dtype)
+        report = prune_with_progress(model, tokenizer, recipe, output, ranks)
+        if ranks.is_first:
+            save_pruned(model, tokenizer, recipe.out, files=companion_files(recipe, report), overwrite=recipe.overwrite)
     output.rows(summary(recipe, report))
     return report
 
 
-def prune_with_progress(model: Any, tokenizer: Any, recipe: PruneConfig, output: Output) -> Any:
+def prune_with_progress(model: Any, tokenizer: Any, recipe: PruneConfig, output: Output, ranks: Any = None) -> Any:
     """Prune in place, showing the block in work and the time left; warnings are printed at the end."""
     from wandapp.pipeline import prune
 
@@ -98,6 +103,7 @@ def prune_with_progress(model: Any, tokenizer: Any, recipe: PruneConfig, output:
             tokenizer,
             config=recipe,
             on_progress=lambda p: update(p.block, p.blocks, f"{p.peak_gib:.1f} GiB  {p.message}", p.eta_seconds),
+            ranks=ranks,
         )
     for warning in report.warnings:
         output.warn(warning)

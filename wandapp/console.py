@@ -1,6 +1,7 @@
 """What the commands print: results on stdout, everything else on stderr, progress fit for a terminal or a log file."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SECONDS_BETWEEN_LINES = 5.0  # in a log file; a terminal gets a live bar
 
 
+def speaks_for_all() -> bool:
+    """Whether this process talks to the user: under torchrun only rank 0 does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Output:
     """Where a command's text goes. With --json, stdout gets one JSON object as its last line and nothing else."""
 
     def __init__(self, json_only: bool = False):
-        self.json_only = json_only
-        self.stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.results = self.stderr if json_only else Console(highlight=False, soft_wrap=True)
+        self.json_only, quiet = json_only, not speaks_for_all()
+        self.stderr = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+        self.results = self.stderr if json_only else Console(highlight=False, soft_wrap=True, quiet=quiet)
 
     def note(self, text: str) -> None:
         """Say what is going on."""
@@ -50,7 +56,7 @@ class Output:
 
     def finish(self, result: dict[str, Any]) -> None:
         """The JSON line, where it was asked for."""
-        if self.json_only:
+        if self.json_only and speaks_for_all():
             print(json.dumps(result), flush=True)
 
     @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 class WandappError(ValueError):
     """Bad input or an unusable environment. The command line prints it and exits with 2."""
 
+    is_of_one_rank = False  # of several ranks, all of which would otherwise say the same: the first one speaks
+
 
 class BackendUnavailableError(WandappError):
     """A kernel backend was asked for by name and cannot run here."""

@@ -111,12 +111,15 @@ def generate(model: nn.Module, tokenizer: Any | None, prompt: str, max_new_token
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device that "auto", "cpu", "cuda" or "cuda:N" means here."""
+    """The torch device that "auto", "cpu", "cuda" or "cuda:N" means here. Under torchrun each rank has its own GPU."""
+    count = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if count else "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if name == "cuda" and local_rank and count != 1:  # one visible device: the launcher gave each rank its own
+        name = f"cuda:{local_rank}"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise WandappError(f"device {name} is not here ({count} CUDA devices are visible); use --device cpu or auto")
     return device
 

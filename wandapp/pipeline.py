@@ -3,6 +3,7 @@
 It knows neither the method nor where the weights live. Start reading here.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from wandapp import methods
 from wandapp.blocks import DecoderBlock
-from wandapp.calibration import load_calibration, save_tokens
+from wandapp.calibration import Calibration, load_calibration, save_tokens
 from wandapp.config import PruneConfig
+from wandapp.distributed import Ranks
 from wandapp.methods.base import BlockRecord
 from wandapp.models import resolve_device
 from wandapp.pattern import SparsityPattern
@@ -32,6 +34,7 @@ def prune(
     config: PruneConfig | None = None,
     calibration: str | Tensor | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    ranks: Ranks | None = None,
     **options,
 ) -> PruneReport:
     """Report of pruning `model`, a loaded transformers causal language model, in place.
@@ -39,28 +42,19 @@ def prune(
     config        all options; or give them as keywords, e.g. sparsity="2:4", method="wanda" (see PruneConfig)
     calibration   a name or path as in PruneConfig, or token ids [samples, seq_len] (then `tokenizer` may be None)
     on_progress   called after every block
+    ranks         the processes that share the samples, each with its own copy of the model (see `distributed.join`)
     raises        WandappError with the place, the rule and the way out; checks that need no forward come before any change
     """
     if config is None:
         config = PruneConfig(**options | ({"calibration": calibration} if isinstance(calibration, str) else {}))
-    config = config.resolved()
+    config, ranks = config.resolved(), ranks or Ranks()
     device = resolve_device(config.device)
-    method = methods.create(config)
+    method = methods.create(config, ranks)
     store = ModelStore(model, config.pattern, skip=config.skip, device=device)
-    source = calibration if isinstance(calibration, Tensor) else config.calibration
-    calibrated = load_calibration(
-        source,
-        tokenizer,
-        samples=config.samples,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        text_field=config.text_field,
-        model=model,
-    )
-    if config.save_calibration:
-        save_tokens(calibrated.tokens, config.save_calibration)
+    calibrated = ranks.first(lambda: _calibrate(calibration, tokenizer, config, model))
     tokens = calibrated.tokens if method.needs else calibrated.tokens[:1]  # others only probe the error
-    batch_size = min(config.batch_size or _auto_batch_size(device, tokens), len(tokens))
+    own = len(range(len(tokens))[ranks.deal(len(tokens))])
+    batch_size = min(config.batch_size or _auto_batch_size(device, tokens), max(own, 1))
     report = PruneReport(
         method=config.method,
         pattern=str(config.pattern),
@@ -71,19 +65,38 @@ def prune(
         device=str(device),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         batch_size=batch_size,
+        ranks=ranks.size,
     )
     with _frozen(model):
         _run(store, method, tokens, config.pattern, report, on_progress)
+    report.join(ranks)
     return report
+
+
+def _calibrate(calibration: str | Tensor | None, tokenizer, config: PruneConfig, model: nn.Module) -> Calibration:
+    calibrated = load_calibration(
+        calibration if isinstance(calibration, Tensor) else config.calibration,
+        tokenizer,
+        samples=config.samples,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        text_field=config.text_field,
+        model=model,
+    )
+    if config.save_calibration:
+        save_tokens(calibrated.tokens, config.save_calibration)
+    return calibrated
 
 
 def _run(store: ModelStore, method, tokens: Tensor, pattern: SparsityPattern, report: PruneReport, on_progress) -> None:
     clock = _Clock(report.seconds_by_phase)
+    ranks, own = method.ranks, tokens[method.ranks.deal(len(tokens))]
     rate = MachineRate(store.device, next(store.model.parameters()).dtype)
     with clock("record"):
-        hidden = store.record(tokens, report.batch_size)
+        # A rank without a sample borrows one to learn the calls' arguments.
+        hidden = store.record(own if len(own) else tokens[:1], report.batch_size)[: len(own)]
     with clock("prepare"):
-        report.flops += method.prepare(store, tokens, hidden)
+        report.flops += method.prepare(store, own, hidden)
     for index in range(len(store)):
         rate.sample()
         with store.open_block(index) as block:
@@ -91,6 +104,7 @@ def _run(store: ModelStore, method, tokens: Tensor, pattern: SparsityPattern, re
                 record = method.prune_block(block, hidden, pattern)
             with clock("verify"):
                 _check(block, pattern, record)
+                ranks.require_equal(lambda block=block: checksum(block), block.name)
             with clock("forward"):
                 if index + 1 < len(store):
                     block.run_(hidden)
@@ -100,6 +114,16 @@ def _run(store: ModelStore, method, tokens: Tensor, pattern: SparsityPattern, re
         if on_progress:
             on_progress(_progress(report, record, index + 1, len(store)))
     report.kept_dense = store.kept_dense()
+
+
+def checksum(block: DecoderBlock) -> str:
+    """sha256 over the sums of the bits of every row and column of its linear maps: tells differing weights apart."""
+    digest = hashlib.sha256()
+    for view in block.linears.values():
+        bits = view.weight.view(torch.int32 if view.weight.itemsize == 4 else torch.int16)
+        for dim in (0, 1):
+            digest.update(bits.sum(dim=dim, dtype=torch.int64).cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class _Clock:

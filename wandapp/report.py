@@ -1,5 +1,6 @@
 """What a pruning run reports: result, cost against the machine's rate, and every warning."""
 
+import itertools
 import math
 import resource
 import time
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+from wandapp.distributed import Ranks
 from wandapp.methods.base import BlockRecord
 
 
@@ -73,6 +75,7 @@ class PruneReport:
     seconds           wall time of recording and pruning, model loading and rate sampling excluded
     flops             by formula: linear maps and attention (whole square), forwards and backwards, Gram matrices, solver
     achieved_gflops   flops / seconds;  matmul_gflops: a dense square product's rate, measured during the run
+    ranks             processes that shared the samples: flops and rates are those of all, peak_gib the largest
     """
 
     method: str
@@ -84,6 +87,7 @@ class PruneReport:
     device: str
     dtype: str
     batch_size: int
+    ranks: int = 1
     sparsity: float = math.nan
     seconds: float = 0.0
     seconds_by_phase: dict[str, float] = field(default_factory=dict)
@@ -113,6 +117,15 @@ class PruneReport:
         """Brings the run's totals up to date."""
         self.seconds, self.matmul_gflops, self.peak_gib = seconds, matmul_gflops, peak
         self.achieved_gflops = self.flops / max(seconds, 1e-9) / 1e9
+
+    def join(self, ranks: Ranks) -> None:
+        """Takes in what the other ranks spent and warned of."""
+        flops, rates, peaks, warnings = zip(
+            *ranks.gather((self.flops, self.matmul_gflops, self.peak_gib, self.warnings)), strict=True
+        )
+        self.flops = sum(flops)
+        self.close(self.seconds, sum(rates), max(peaks))
+        self.warnings = list(dict.fromkeys(itertools.chain.from_iterable(warnings)))
 
     def to_dict(self) -> dict:
         """Plain JSON types; NaN becomes null."""

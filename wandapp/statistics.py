@@ -5,8 +5,10 @@
     regional_gradient   G = sqrt((1/N) sum_n (d ||f(X_n)||_F / dW)^2)                     Wanda++, arXiv:2503.04992
 
 Linear maps fed by one tensor (q, k and v; gate and up) share its statistics, which are computed once.
+Where several ranks share the samples, each measures its own; the sums over all of them come back on every rank.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from wandapp.blocks import DecoderBlock, LinearView
+from wandapp.distributed import Ranks, Share
 from wandapp.kernels.column_sumsq import column_sumsq
 
 PROBE_TOKENS = 128  # tokens of the first sample on which layer errors are measured
@@ -22,7 +25,7 @@ PROBE_TOKENS = 128  # tokens of the first sample on which layer errors are measu
 class ColumnNorm:
     """Norm of each input feature, kept per sample so that any subset of the samples can be asked for.
 
-    sumsq   [samples, in_features] fp32, sum over a sample's tokens of x^2
+    sumsq   [samples, in_features] fp32, sum over a sample's tokens of x^2; samples of all ranks
     """
 
     def __init__(self, samples: int, in_features: int, device: torch.device):
@@ -37,6 +40,12 @@ class ColumnNorm:
         sumsq = self.sumsq if samples is None else self.sumsq[samples]
         return sumsq.sum(dim=0).div_(len(sumsq)).sqrt_()
 
+    def merge_(self, ranks: Ranks, rows: slice) -> None:
+        """Fills in the samples of other ranks; this one's are `rows`. Exact: every sum has one term that is not zero."""
+        self.sumsq[: rows.start] = 0.0
+        self.sumsq[rows.stop :] = 0.0
+        ranks.sum_(self.sumsq)
+
 
 class Hessian:
     """Second-order statistic of one input: value [in_features, in_features] fp32, (2/N) sum_n X_n^T X_n."""
@@ -48,6 +57,9 @@ class Hessian:
     def update(self, x: Tensor, rows: slice) -> None:
         x = x.flatten(0, -2).float()  # [tokens, in_features]
         torch.addmm(self.value, x.T, x, alpha=2.0 / self.samples, out=self.value)
+
+    def merge_(self, ranks: Ranks, rows: slice) -> None:
+        ranks.sum_(self.value)
 
 
 class RegionalGradient:
@@ -69,6 +81,9 @@ class RegionalGradient:
         """G [out_features, in_features] fp32: root mean square over samples."""
         return (self.sumsq / self.samples).sqrt_()
 
+    def merge_(self, ranks: Ranks, rows: slice) -> None:
+        ranks.sum_(self.sumsq)
+
 
 def weight_gradients(x: Tensor, output_gradient: Tensor) -> Iterator[Tensor]:
     """Each sample's weight gradient dy_n^T x_n, [out, in] fp32; x [samples, tokens, in], output_gradient [.., out]."""
@@ -78,21 +93,55 @@ def weight_gradients(x: Tensor, output_gradient: Tensor) -> Iterator[Tensor]:
 
 @dataclass
 class Measurements:
-    """One dense pass over a block.
+    """One dense pass over a block. outputs and probes are of this rank's samples, all else of every rank's.
 
+    share       where this rank's samples lie among all
+    outputs     [kept, seq_len, hidden_size] dense outputs of the leading samples
     tokens      calibration tokens that reached each linear map
-    outputs     [kept, seq_len, hidden_size] dense outputs of the leading samples, or None
+    leader      the linear map whose statistics each one shares: an earlier one fed by the same tensor, or itself
     probes      up to PROBE_TOKENS input rows [tokens, in_features] of each linear map, for layer errors
     """
 
-    samples: int
+    share: Share
+    outputs: Tensor
     tokens: dict[str, int] = field(default_factory=dict)
+    leader: dict[str, str] = field(default_factory=dict)
     norms: dict[str, ColumnNorm] = field(default_factory=dict)
     hessians: dict[str, Hessian] = field(default_factory=dict)
     gradients: dict[str, RegionalGradient] = field(default_factory=dict)
-    outputs: Tensor | None = None
     probes: dict[str, Tensor] = field(default_factory=dict)
     drawn: Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        """Samples of all ranks."""
+        return self.share.total
+
+    def add_statistics(self, view: LinearView, leader: str, needs: frozenset[str]) -> None:
+        """Gives a linear map empty statistics, or its leader's; those it has already stay."""
+        self.leader[view.name] = leader
+        shape = self.samples, view.weight.shape[1], view.weight.device
+        for need, statistics, create in (
+            ("column_norm", self.norms, ColumnNorm),
+            ("hessian", self.hessians, Hessian),
+        ):
+            if need in needs and view.name not in statistics:
+                statistics[view.name] = create(*shape) if leader == view.name else statistics[leader]
+        if "regional_gradient" in needs and view.name not in self.gradients:
+            self.gradients[view.name] = RegionalGradient(self.samples, view)
+
+    def merge_(self, ranks: Ranks, linears: dict[str, LinearView], needs: frozenset[str]) -> None:
+        """Makes every statistic that of all ranks. An expert that only other ranks' samples reached starts from nothing."""
+        tokens, leaders = zip(*ranks.gather((self.tokens, self.leader)), strict=True)
+        self.tokens = dict(sum(map(Counter, tokens), Counter()))
+        merged: dict[str, str] = {}
+        for found in leaders:
+            merged = merged | {name: leader for name, leader in found.items() if name not in merged}
+        for name, leader in merged.items():
+            self.add_statistics(linears[name], leader, needs)
+        held = (kind[name] for kind in (self.norms, self.hessians, self.gradients) for name in merged if name in kind)
+        for statistic in dict.fromkeys(held):  # each once, in the same order on every rank
+            statistic.merge_(ranks, self.share.rows)
 
     def among(self, drawn: Tensor | None) -> "Measurements":
         """The same measurements with input norms over the drawn samples (indices) only; None means all."""
@@ -106,30 +155,28 @@ class Measurements:
 class Collector:
     """Observer of `DecoderBlock.watch` that fills Measurements."""
 
-    def __init__(self, block: DecoderBlock, samples: int, needs: frozenset[str]):
-        self.block, self.needs = block, needs
-        self.measured = Measurements(samples)
+    def __init__(self, block: DecoderBlock, measured: Measurements, needs: frozenset[str]):
+        self.block, self.measured, self.needs = block, measured, needs
         self.rows = slice(0, 0)
-        self.leader: dict[str, str] = {}
         self.inputs: list[tuple[Tensor, str]] = []
 
     def start(self, rows: slice) -> None:
-        """Announces the samples of the next forward."""
-        self.rows, self.inputs = rows, []
+        """Announces the samples of the next forward, by their place among this rank's."""
+        start = self.measured.share.start
+        self.rows, self.inputs = slice(start + rows.start, start + rows.stop), []
 
     def __call__(self, view: LinearView, x: Tensor, y: Tensor | None) -> None:
         if view.name not in self.block.linears:
             return
-        measured, first = self.measured, view.name not in self.measured.tokens
-        by_sample = self._by_sample(view, x.detach())
-        measured.tokens[view.name] = measured.tokens.get(view.name, 0) + x.numel() // x.shape[-1]
-        if first:
+        measured, by_sample = self.measured, self._by_sample(view, x.detach())
+        if view.name not in measured.tokens:
             measured.probes[view.name] = by_sample[0, :PROBE_TOKENS].clone()
-        if "regional_gradient" in self.needs:
-            self._watch_gradient(view, by_sample, y)
-        if first:
-            self.leader[view.name] = self._share(view, x)
-        if self.leader[view.name] == view.name:
+            measured.add_statistics(view, self._leader(view, x), self.needs)
+        measured.tokens[view.name] = measured.tokens.get(view.name, 0) + x.numel() // x.shape[-1]
+        if view.name in measured.gradients:
+            gradient = measured.gradients[view.name]
+            y.register_hook(lambda grad: gradient.update(by_sample, grad.reshape(len(by_sample), -1, grad.shape[-1])))
+        if measured.leader[view.name] == view.name:
             for statistics in (measured.norms, measured.hessians):
                 if view.name in statistics:
                     statistics[view.name].update(by_sample, self.rows)
@@ -140,28 +187,13 @@ class Collector:
         """[samples, tokens, in_features]; an expert's tokens, which mix samples, count for the first one."""
         return x.reshape(1 if view.is_expert else self.rows.stop - self.rows.start, -1, x.shape[-1])
 
-    def _share(self, view: LinearView, x: Tensor) -> str:
+    def _leader(self, view: LinearView, x: Tensor) -> str:
         """The linear map whose statistics `view` shares: an earlier one fed by this very tensor, or itself."""
-        measured = self.measured
         for earlier, name in self.inputs:
-            if earlier is x and self.leader[name] == name:
-                for statistics in (measured.norms, measured.hessians):
-                    if name in statistics:
-                        statistics[view.name] = statistics[name]
+            if earlier is x and self.measured.leader[name] == name:
                 return name
         self.inputs.append((x, view.name))
-        shape = measured.samples, x.shape[-1], x.device
-        if "column_norm" in self.needs:
-            measured.norms[view.name] = ColumnNorm(*shape)
-        if "hessian" in self.needs:
-            measured.hessians[view.name] = Hessian(*shape)
         return view.name
-
-    def _watch_gradient(self, view: LinearView, x: Tensor, y: Tensor) -> None:
-        gradient = self.measured.gradients.get(view.name)
-        if gradient is None:
-            gradient = self.measured.gradients[view.name] = RegionalGradient(self.measured.samples, view)
-        y.register_hook(lambda grad: gradient.update(x, grad.reshape(len(x), -1, grad.shape[-1])))
 
 
 def regional_loss(output: Tensor, kind: str) -> Tensor:
@@ -183,32 +215,37 @@ def token_rms(hidden: Tensor) -> Tensor:
 
 
 def measure(
-    block: DecoderBlock, hidden: Tensor, needs: frozenset[str], *, outputs: int = 0, loss: str = "frobenius"
+    block: DecoderBlock,
+    hidden: Tensor,
+    needs: frozenset[str],
+    ranks: Ranks,
+    *,
+    outputs: int | None = None,
+    loss: str = "frobenius",
 ) -> Measurements:
-    """Statistics `needs` of every linear map over hidden [samples, seq_len, hidden_size], in one pass of the block.
+    """Statistics `needs` of every linear map over the samples of all ranks, in one pass of the block.
 
-    outputs   how many leading samples' dense outputs to keep; beyond them a forward ends at the last input that is read
+    hidden    [samples, seq_len, hidden_size], this rank's samples
+    outputs   of how many leading samples, of all, to keep the dense outputs (None: all); beyond them a forward ends at the
+              last input that is read
     loss      kind of `regional_loss`, where the regional gradient is needed
     """
     with_gradient = "regional_gradient" in needs
-    collector = Collector(block, len(hidden), needs)
+    share = ranks.share(len(hidden))
+    kept = len(hidden) if outputs is None else share.leading(outputs)
+    measured = Measurements(share, hidden.new_empty(kept, *hidden.shape[1:]))
+    collector = Collector(block, measured, needs)
     batch_size = 1 if block.has_experts else None  # experts mix the samples of a batch
     for rows in block.batches(len(hidden), batch_size):
-        if not needs and rows.start >= max(outputs, 1):
+        if not needs and rows.start >= max(kept, 1):
             break
         collector.start(rows)
-        stop = rows.start >= outputs and not with_gradient
+        stop = rows.start >= kept and not with_gradient
         with torch.set_grad_enabled(with_gradient):
             output = block.watch(hidden[rows], collector, stop=stop, leaves=with_gradient)
             if with_gradient:
                 block.backward(regional_loss(output, loss), tokens=output.shape[0] * output.shape[1])
-        if rows.start < outputs:
-            _keep_outputs(collector.measured, output.detach(), rows, outputs)
-    return collector.measured
-
-
-def _keep_outputs(measured: Measurements, output: Tensor, rows: slice, outputs: int) -> None:
-    if measured.outputs is None:
-        measured.outputs = output.new_empty(outputs, *output.shape[1:])
-    kept = measured.outputs[rows.start : rows.stop]
-    kept.copy_(output[: len(kept)])
+        if rows.start < kept:
+            measured.outputs[rows] = output.detach()[: kept - rows.start]
+    measured.merge_(ranks, block.linears, needs)
+    return measured

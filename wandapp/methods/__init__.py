@@ -1,6 +1,7 @@
 """Methods and refiners by name. `method[+refiner]...`, e.g. "wanda", "sparsegpt+ro", "wanda++"."""
 
 from wandapp.config import PruneConfig
+from wandapp.distributed import Ranks
 from wandapp.errors import WandappError, nearest
 from wandapp.methods.base import Method
 from wandapp.methods.gblm import GBLM
@@ -34,10 +35,10 @@ def resolve(name: str) -> tuple[str, ...]:
     return method, *refiners
 
 
-def create(config: PruneConfig) -> Method:
-    """The method object that a configuration asks for, refiners wrapped around it in order."""
+def create(config: PruneConfig, ranks: Ranks) -> Method:
+    """The method object that a configuration asks for, refiners wrapped around it in order, shared by these ranks."""
     name, *refiners = resolve(config.method)
-    method = METHODS[name](config)
+    method = METHODS[name](config, ranks)
     for refiner in refiners:
         method = REFINERS[refiner](config, method)
     return method

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wandapp.blocks import DecoderBlock, LinearView
 from wandapp.config import PruneConfig
+from wandapp.distributed import Ranks
 from wandapp.errors import NonFiniteScoreError, WandappError
 from wandapp.kernels.select import prune_nm_, prune_rows_
 from wandapp.pattern import SparsityPattern
@@ -46,18 +47,21 @@ class BlockRecord:
 
 
 class Method:
-    """A pruning method. One object prunes all blocks of a model, in order."""
+    """A pruning method. One object prunes all blocks of a model, in order.
+
+    Each rank sees the hidden states of its own samples; what is measured is that of all ranks, so all prune alike.
+    """
 
     needs: frozenset[str] = frozenset()  # statistics it reads (wandapp.statistics)
     compensates = False  # whether `apply` also changes the weights it keeps
 
-    def __init__(self, config: PruneConfig):
-        self.config = config
+    def __init__(self, config: PruneConfig, ranks: Ranks):
+        self.config, self.ranks = config, ranks
 
     def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
         """Called once, on the dense model in `store`, before any block is pruned; returns the FLOPs it spent.
 
-        tokens [samples, seq_len], hidden [samples, seq_len, hidden_size] the first block's inputs
+        tokens [samples, seq_len], hidden [samples, seq_len, hidden_size] the first block's inputs; this rank's samples
         """
         return 0.0
 
@@ -73,11 +77,11 @@ class Method:
     def prune_block(self, block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern) -> BlockRecord:
         """Measures the dense block on hidden [samples, seq_len, hidden_size] and prunes it in place."""
         record = BlockRecord(block.name)
-        measured = measure(block, hidden, self.needs, outputs=1, loss=self.config.regional_loss)
+        measured = measure(block, hidden, self.needs, self.ranks, outputs=1, loss=self.config.regional_loss)
         dense = probe_products(block, measured)
         self.apply(block, measured, pattern, record)
-        record.layer_errors = layer_errors(block, measured, dense)
-        record.error = block_error(block, hidden, measured.outputs)
+        record.layer_errors = layer_errors(block, measured, dense, self.ranks)
+        record.error = block_error(block, hidden, measured.outputs, self.ranks)
         return record
 
     def checked_terms(self, view: LinearView, measured: Measurements, record: BlockRecord) -> ScoreTerms:
@@ -111,18 +115,25 @@ def probe_products(block: DecoderBlock, measured: Measurements) -> dict[str, Ten
     return {name: x @ block.linears[name].weight.T for name, x in measured.probes.items()}
 
 
-def layer_errors(block: DecoderBlock, measured: Measurements, dense: dict[str, Tensor]) -> dict[str, float]:
-    """Relative error of every linear map's product on its probe rows, given the dense products."""
+def layer_errors(
+    block: DecoderBlock, measured: Measurements, dense: dict[str, Tensor], ranks: Ranks
+) -> dict[str, float]:
+    """Relative error of every linear map's product on its probe rows, given the dense products; the first rank's counts."""
     pruned = probe_products(block, measured)
-    return {name: relative_error(pruned[name], dense[name]) for name in dense}
+    own = {name: relative_error(pruned[name], dense[name]) for name in dense}
+    return {name: error for errors in reversed(ranks.gather(own)) for name, error in errors.items()}
 
 
 @torch.no_grad()
-def block_error(block: DecoderBlock, hidden: Tensor, dense: Tensor) -> float:
-    """Relative error of the block's outputs on the leading samples for which dense [samples, ...] outputs are given."""
+def block_error(block: DecoderBlock, hidden: Tensor, dense: Tensor, ranks: Ranks) -> float:
+    """Relative error of the block's outputs, over the leading samples whose dense [samples, ...] outputs the ranks hold."""
     batch_size = 1 if 1 in block.calls else None
-    outputs = [block(hidden[rows]) for rows in block.batches(len(dense), batch_size)]
-    return relative_error(torch.cat(outputs), dense)
+    squares = torch.zeros(2, dtype=torch.float64, device=hidden.device)  # of the difference, of the dense outputs
+    for rows in block.batches(len(dense), batch_size):
+        pair = torch.stack([block(hidden[rows]) - dense[rows], dense[rows]]).float()
+        squares += torch.linalg.vector_norm(pair.flatten(1), dim=1).double().square()
+    difference, reference = ranks.sum_(squares).sqrt().tolist()
+    return difference / max(reference, 1e-30)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

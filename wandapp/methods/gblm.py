@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wandapp.blocks import DecoderBlock, LinearView
 from wandapp.config import PruneConfig
+from wandapp.distributed import Ranks
 from wandapp.methods.base import Method, ScoreTerms
 from wandapp.statistics import Measurements, weight_gradients
 
@@ -27,8 +28,8 @@ class GBLM(Method):
 
     needs = frozenset({"column_norm"})
 
-    def __init__(self, config: PruneConfig):
-        super().__init__(config)
+    def __init__(self, config: PruneConfig, ranks: Ranks):
+        super().__init__(config, ranks)
         self._folder = tempfile.TemporaryDirectory(prefix="wandapp-gblm-")
         self._sums: dict[str, Tensor] = {}
 
@@ -47,7 +48,16 @@ class GBLM(Method):
                 with store.open_block(index) as block:
                     gradient = self._backward(block, inputs.pop(), gradient)
                     flops += block.flops
+        self._merge(store)
         return flops
+
+    def _merge(self, store) -> None:
+        """Makes the sums those of all ranks' samples."""
+        known = set().union(*self.ranks.gather(set(self._sums)))
+        for linears in store.linears:
+            for view in linears.values():
+                if view.name in known:
+                    self.ranks.sum_(self._sum(view))
 
     def _backward(self, block: DecoderBlock, hidden: Tensor, output_gradient: Tensor) -> Tensor:
         """Adds one batch's weight gradients of a block to the sums; returns the gradient of its input."""
@@ -64,13 +74,16 @@ class GBLM(Method):
             block.backward((output * output_gradient).sum(), tokens=samples * hidden.shape[1])
         return hidden.grad
 
-    def _add(self, view: LinearView, x: Tensor, output_gradient: Tensor) -> None:
-        total = self._sums.get(view.name)
-        if total is None:
-            rows, columns = view.weight.shape
+    def _sum(self, view: LinearView) -> Tensor:
+        """The sum of a map's gradients [out_features, in_features] fp32, in a file; zeros at first."""
+        if view.name not in self._sums:
             path = str(Path(self._folder.name) / view.name)
-            total = torch.from_file(path, shared=True, size=rows * columns, dtype=torch.float32).view(rows, columns)
-            self._sums[view.name] = total
+            total = torch.from_file(path, shared=True, size=view.weight.numel(), dtype=torch.float32)
+            self._sums[view.name] = total.view(view.weight.shape)
+        return self._sums[view.name]
+
+    def _add(self, view: LinearView, x: Tensor, output_gradient: Tensor) -> None:
+        total = self._sum(view)
         for gradient in weight_gradients(x, output_gradient):
             total += (gradient.abs() if self.config.gblm_norm == "l1" else gradient.square()).to(total.device)
 

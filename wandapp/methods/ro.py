@@ -9,13 +9,20 @@ optimiser's state lives as long as its block. A method that compensates (SparseG
 round; the rounds then choose by its score |W_ij| / U_jj.
 Differs from a literal reading: the input norms of a drawn sample are those of its latest forward (the dense pass, later
 its own optimisation steps), so that no forward is spent on norms alone.
+
+With R ranks a step takes one sample of each rank, so a round has M/R steps. A step of k samples uses the rate lr * sqrt(k)
+and the decay 0.99^k of the mean square: to first order k steps of one sample move a weight by the same mean and variance
+(the square-root rule of adaptive optimisers, arXiv:2205.10287).
 """
+
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
 from wandapp.blocks import DecoderBlock, LinearView
 from wandapp.config import PruneConfig
+from wandapp.distributed import Share, even_counts
 from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.kernels.rmsprop import rmsprop_
 from wandapp.methods.base import BlockRecord, Method, block_error, layer_errors, probe_products
@@ -23,13 +30,14 @@ from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements, measure, token_rms
 
 ERROR_SAMPLES = 4
+DECAY = 0.99  # of the mean square, per sample
 
 
 class RegionalOptimisation(Method):
     """Rounds of pruning and of gradient steps on one block; the better of the weights before and after is kept."""
 
     def __init__(self, config: PruneConfig, method: Method):
-        super().__init__(config)
+        super().__init__(config, method.ranks)
         self.method, self.needs = method, method.needs
 
     def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
@@ -37,24 +45,25 @@ class RegionalOptimisation(Method):
 
     def prune_block(self, block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern) -> BlockRecord:
         record = BlockRecord(block.name)
-        measured = measure(block, hidden, self.needs, outputs=len(hidden), loss=self.config.regional_loss)
-        probe, products = measured.outputs[:ERROR_SAMPLES], probe_products(block, measured)
+        measured = measure(block, hidden, self.needs, self.ranks, loss=self.config.regional_loss)
+        probe = measured.outputs[: measured.share.leading(ERROR_SAMPLES)]
+        products = probe_products(block, measured)
         dense = _snapshot(block)
         self.method.apply(block, measured, pattern, record)
-        record.error = block_error(block, hidden, probe)
+        record.error = block_error(block, hidden, probe, self.ranks)
         if self.config.ro_rounds:
             pruned = _snapshot(block)
             if not self.method.compensates:  # the first round prunes the dense weights, with its own samples' norms
                 _restore(dense)
             _Optimisation(self.method, block, hidden, measured).run(pattern)
             self._keep_better(block, hidden, probe, pruned, record)
-        record.layer_errors = layer_errors(block, measured, products)
+        record.layer_errors = layer_errors(block, measured, products, self.ranks)
         return record
 
     def _keep_better(
         self, block: DecoderBlock, hidden: Tensor, probe: Tensor, pruned: dict, record: BlockRecord
     ) -> None:
-        record.error_before, record.error = record.error, block_error(block, hidden, probe)
+        record.error_before, record.error = record.error, block_error(block, hidden, probe, self.ranks)
         if record.error <= record.error_before:
             return
         record.warnings.append(
@@ -70,32 +79,47 @@ class _Optimisation:
 
     def __init__(self, method: Method, block: DecoderBlock, hidden: Tensor, measured: Measurements):
         self.method, self.block, self.hidden, self.measured = method, block, hidden, measured
-        self.config = method.config
+        self.config, self.ranks = method.config, method.ranks
         self.parameters = _parameters(block)
         self.masters = {p: p.data if p.dtype == torch.float32 else p.data.float() for p in self.parameters}
         self.mean_square = {p: torch.zeros_like(master) for p, master in self.masters.items()}
         self.learning_rate = {p: self._learning_rate(master, p.dtype) for p, master in self.masters.items()}
 
     def run(self, pattern: SparsityPattern) -> None:
-        samples = len(self.hidden)
         generator = torch.Generator().manual_seed(self.config.seed * 100_003 + self.block.index)
         for _ in range(self.config.ro_rounds):
-            drawn = torch.randperm(samples, generator=generator)[: self.config.ro_samples]
-            self._prune(pattern, drawn)
-            for sample in drawn.tolist():
-                self._step(sample)
+            drawn = draw(self.measured.share, self.config.ro_samples, generator)
+            self._prune(pattern, torch.cat(drawn))
+            for step in zip_longest(*(samples.tolist() for samples in drawn)):
+                self._step(step)
         self._prune(pattern, None)
         self._store()
 
     def _prune(self, pattern: SparsityPattern, drawn: Tensor | None) -> None:
+        for norm in dict.fromkeys(self.measured.norms.values()):
+            norm.merge_(self.ranks, self.measured.share.rows)
         measured = self.measured.among(drawn)
         for view in self.block.linears.values():
             terms = self.method.checked_terms(view, measured, BlockRecord(self.block.name))
             self.method.prune_linear_(view, view.of(self.masters[view.parameter]), terms, pattern)
 
-    def _step(self, sample: int) -> None:
-        """One RMSprop step on the squared distance of one sample's outputs."""
+    def _step(self, samples: tuple[int | None, ...]) -> None:
+        """One RMSprop step on the summed squared distance of one sample's outputs per rank; None: that rank has no more."""
         self._store()
+        own = samples[self.ranks.rank]
+        if own is not None:
+            self._backward(own)
+        count = sum(sample is not None for sample in samples)
+        for parameter in self.parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+            self.ranks.sum_(gradient)
+            rate = self.learning_rate[parameter] * count**0.5
+            rmsprop_(self.masters[parameter], gradient, self.mean_square[parameter], lr=rate, decay=DECAY**count)
+            parameter.grad = None
+            parameter.requires_grad_(False)
+
+    def _backward(self, sample: int) -> None:
+        """Gradients of the parameters by one sample's loss; refreshes the sample's input norms in passing."""
         refreshed: set[int] = set()
 
         def refresh_norm(view: LinearView, x: Tensor, y: Tensor | None) -> None:
@@ -104,18 +128,13 @@ class _Optimisation:
                 refreshed.add(id(norm))
                 norm.sumsq[sample] = column_sumsq(x.detach().reshape(-1, x.shape[-1]))
 
+        row = sample - self.measured.share.start
         with torch.enable_grad():
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
-            output = self.block.watch(self.hidden[sample : sample + 1], refresh_norm)
-            loss = self._loss(output.float(), self.measured.outputs[sample : sample + 1].float())
+            output = self.block.watch(self.hidden[row : row + 1], refresh_norm)
+            loss = self._loss(output.float(), self.measured.outputs[row : row + 1].float())
             self.block.backward(loss, tokens=output.shape[1])
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                rate = self.learning_rate[parameter]
-                rmsprop_(self.masters[parameter], parameter.grad.contiguous(), self.mean_square[parameter], lr=rate)
-            parameter.grad = None
-            parameter.requires_grad_(False)
 
     def _loss(self, output: Tensor, target: Tensor) -> Tensor:
         """||f(x) - f_pruned(x)||^2; "token": each token's error divided by the RMS of its target."""
@@ -133,13 +152,23 @@ class _Optimisation:
             return self.config.ro_lr * rms
         if storage == torch.float32:
             return self.config.ro_lr
-        steps = self.config.ro_rounds * min(self.config.ro_samples, len(self.hidden))
+        steps = self.config.ro_rounds * min(self.config.ro_samples, self.measured.samples)
         return max(self.config.ro_lr, rms * torch.finfo(storage).eps / steps)
 
     def _store(self) -> None:
         for parameter, master in self.masters.items():
             if master.data_ptr() != parameter.data_ptr():
                 parameter.data.copy_(master)
+
+
+def draw(share: Share, samples: int, generator: torch.Generator) -> list[Tensor]:
+    """Up to `samples` distinct samples, evenly from all ranks: each rank's drawn ones, as indices among all."""
+    starts = [Share(rank, share.counts).start for rank in range(len(share.counts))]
+    drawn = even_counts(min(samples, share.total), len(share.counts))
+    return [
+        start + torch.randperm(count, generator=generator)[:number]
+        for start, count, number in zip(starts, share.counts, drawn, strict=True)
+    ]
 
 
 def _parameters(block: DecoderBlock) -> list[nn.Parameter]:

@@ -25,8 +25,8 @@ class SparseGPT(Method):
     needs = frozenset({"hessian"})
     compensates = True
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, ranks):
+        super().__init__(config, ranks)
         self._factors: dict[int, Tensor] = {}
 
     def terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
