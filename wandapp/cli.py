@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wandapp import __version__, cli_bench, cli_packed
+from wandapp import __version__, cli_bench, cli_packed, cli_recover
 from wandapp.cli_options import Device, Dtype, Json, ModelArgument, with_flags_of
 from wandapp.config import PruneConfig
 from wandapp.console import Output, fail, speaks_for_all
@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_packed.commands)
+app.add_typer(cli_recover.commands)
 app.add_typer(cli_bench.bench, name="bench")
 
 

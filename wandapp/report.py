@@ -1,7 +1,9 @@
 """What a pruning run reports: result, cost against the machine's rate, and every warning."""
 
+import importlib.metadata
 import itertools
 import math
+import platform
 import resource
 import time
 from dataclasses import asdict, dataclass, field
@@ -129,12 +131,19 @@ class PruneReport:
 
     def to_dict(self) -> dict:
         """Plain JSON types; NaN becomes null."""
-        return _without_nan(asdict(self))
+        return json_ready(asdict(self))
 
 
-def _without_nan(value):
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what a figure depends on; `more` names further installed distributions."""
+    names = ("wandapp", "torch", "transformers", *more)
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def json_ready(value):
+    """`value` with NaN and infinities, which JSON has not, as None."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [json_ready(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,76 @@
+"""The command `wandapp recover`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wandapp.cli_options import Json, Overwrite, with_flags_of
+from wandapp.console import Output, duration, fail
+from wandapp.errors import WandappError
+from wandapp.recover_config import RecoverConfig
+
+commands = typer.Typer()
+
+
+@commands.command("recover")
+@with_flags_of(RecoverConfig)
+def recover_command(
+    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    out: Annotated[Path, typer.Option(help="folder for the trained checkpoint")],
+    config: Annotated[Path | None, typer.Option(help="recover.yaml with any of these options; flags win")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run that was killed, bit for bit")] = False,
+    overwrite: Overwrite = False,
+    json_only: Json = False,
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Train a pruned checkpoint on some text, zeros kept.
+
+    wandapp recover pruned --out recovered --text pydoc --samples 64 --seq-len 256 --preset strong
+    """
+    output = Output(json_only)
+    settings = RecoverConfig.from_yaml(config, **options) if config else RecoverConfig(**options)
+    try:
+        from wandapp.recover import recover
+
+        with output.progress("recover: step") as update:
+            report = recover(
+                folder,
+                out,
+                config=settings,
+                resume=resume,
+                overwrite=overwrite,
+                on_step=lambda step, steps: update(step.step, steps, _detail(step), step.seconds * (steps - step.step)),
+                on_note=output.note,
+            )
+    except ImportError as error:
+        raise WandappError(f"recover needs {error.name}; install it with: pip install 'wandapp[recover]'") from None
+    except KeyboardInterrupt:
+        fail(InterruptedError("interrupted; continue from the last saved state with the same command and --resume"))
+        raise typer.Exit(3) from None
+    output.rows(_summary(report, out))
+    output.finish({"out": str(out), **report.to_dict()})
+
+
+def _detail(step: Any) -> str:
+    return f"loss {step.loss:.3f}  {step.tokens / step.seconds:.0f} tokens/s"
+
+
+def _summary(report: Any, out: Path) -> dict[str, str]:
+    perplexities = {
+        f"perplexity, {name}": f"{report.before[name]['perplexity']:.2f} -> {after['perplexity']:.2f}"
+        for name, after in report.after.items()
+    }
+    experts = (
+        {"experts": f"{report.frozen_experts} linear maps of experts stayed frozen"} if report.frozen_experts else {}
+    )
+    return {
+        "trained": f"{report.how}; {report.trained_weights:,} weights in {report.linears} linear maps",
+        "text": f"{report.text}, the last {report.before['held-out']['windows']} of them held out",
+        "cost": f"{report.steps} steps, {report.tokens:,} tokens, {duration(report.seconds)}, {report.peak_gib:.2f} GiB",
+        "loss": f"{report.first_loss:.3f} -> {report.last_loss:.3f} (means of the first and last tenth)",
+        **perplexities,
+        **experts,
+        "verified": f"{report.pattern} holds, {report.zeros:,} zeros kept",
+        "saved": str(out),
+    }
