@@ -42,9 +42,8 @@ def test_round_trip_is_bit_exact(pruned_checkpoint, tmp_path, sparsity, dtype):
     assert summary.linears == 21 and vars(restored) == vars(summary)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen2", "gpt_neox", "gemma3", "phi3"])
-def test_families_come_back_with_their_tensor_names(pruned_checkpoint, tmp_path, family):
-    _, folder = pruned_checkpoint(family, "2:4")
+def test_every_family_comes_back_with_its_tensor_names(pruned_checkpoint, tmp_path, tiny_family):
+    _, folder = pruned_checkpoint(tiny_family, "2:4")
     pack_checkpoint(folder, tmp_path / "packed")
     unpack_checkpoint(tmp_path / "packed", tmp_path / "dense")
     restored = {}
@@ -102,9 +101,6 @@ def test_weights_that_break_the_pattern_are_named(pruned_checkpoint, tmp_path):
 
 
 def test_what_cannot_be_packed_is_refused(pruned_checkpoint, tmp_path):
-    _, folder = pruned_checkpoint("mixtral", "2:4")
-    with pytest.raises(WandappError, match="experts of .* cannot be packed; keep this checkpoint dense"):
-        pack_checkpoint(folder, tmp_path / "packed")
     _, folder = pruned_checkpoint("llama", "2:4")
     bare = shutil.copytree(folder, tmp_path / "bare")
     (bare / "wandapp" / "recipe.yaml").unlink()

@@ -23,7 +23,8 @@ _HOME = {
     "unpack_checkpoint": "wandapp.packing",
     "load_sparse": "wandapp.inference",
     "sparsify": "wandapp.inference",
-    "SparseLinear": "wandapp.inference",
+    "save_sparse": "wandapp.saving",
+    "SparseLinear": "wandapp.modules",
     "perplexity": "wandapp.evaluate",
     "verify_model": "wandapp.verify",
 }

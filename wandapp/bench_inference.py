@@ -22,8 +22,9 @@ from wandapp.console import Output
 from wandapp.corpus import builtin_text
 from wandapp.doctor import describe_machine, examine
 from wandapp.errors import WandappError
-from wandapp.inference import SparseLinear, TokenLinear, load_either
+from wandapp.inference import load_either
 from wandapp.models import is_packed, load_tokenizer, skeleton
+from wandapp.modules import SparseLinear, TokenLinear
 from wandapp.packing import pack_checkpoint, unpack_checkpoint
 
 COPY_BYTES = 256 << 20

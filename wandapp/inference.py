@@ -1,140 +1,32 @@
-"""Runs a packed model: transformers' own model, whose pruned linear maps read kept weights and bitmasks directly.
-
-Decode is bound by the bytes of the weights, and the packed form has about half of them. Up to 16 tokens a packed kernel
-runs; for more, panels of rows are unpacked into cache and multiplied densely (see `wandapp.kernels.sparse_linear`).
-"""
+"""Runs a packed model: transformers' own model, whose pruned linear maps are packed (see `wandapp.modules`)."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from wandapp.blocks import find_blocks, find_linears
+from wandapp.blocks import LinearView, find_blocks, find_linears
+from wandapp.conversion import Home, tensor_homes
 from wandapp.errors import WandappError
 from wandapp.kernels import dispatch
-from wandapp.kernels.pack import Packed, check_packed, pack, unpack
-from wandapp.kernels.sparse_linear import sparse_linear
+from wandapp.kernels.pack import Packed, join_rows, pack
 from wandapp.models import (
     LoadedModel,
     fill_skeleton,
     is_packed,
     load_model,
     load_tokenizer,
-    module_names,
     resolve_device,
     resolve_dtype,
     skeleton,
 )
-from wandapp.packed import PackedCheckpoint
+from wandapp.modules import SparseExperts, SparseLinear, TokenLinear
+from wandapp.packed import PackedCheckpoint, PackedLinear
 from wandapp.pattern import SparsityPattern
+from wandapp.saving import remember
 
-
-class SparseLinear(nn.Module):
-    """y = x W^T + bias for a packed W [out_features, in_features]; takes the place of nn.Linear or GPT-2's Conv1D.
-
-    Buffers `values`, `bitmask` and, when unstructured, `row_offsets` are named as in the packed checkpoint. For
-    inference: the weight has no gradient.
-    """
-
-    def __init__(self, packed: Packed, bias: nn.Parameter | None = None):
-        super().__init__()
-        check_packed(packed)
-        self.out_features, self.in_features = packed.shape
-        self.pattern = packed.pattern
-        self.register_buffer("values", packed.values)
-        self.register_buffer("bitmask", packed.bitmask)
-        self.register_buffer("row_offsets", packed.row_offsets)
-        self.register_parameter("bias", bias)
-        self._run, self._run_values, self._run_bias = None, None, None  # what `forward` calls, and what it was made for
-
-    @property
-    def packed(self) -> Packed:
-        parts = self._buffers
-        shape = (self.out_features, self.in_features)
-        return Packed(parts["values"], parts["bitmask"], parts["row_offsets"], shape, self.pattern)
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = self._buffers["values"]
-        if (
-            self._run_values is not values
-            or self._run_bias is not self._parameters["bias"]
-            or torch.compiler.is_compiling()
-            or x.dtype is not values.dtype
-            or x.shape[-1] != self.in_features
-            or x.device != values.device
-        ):
-            return self._checked_forward(x)
-        return self._run(x.contiguous())
-
-    def _checked_forward(self, x: Tensor) -> Tensor:
-        """Through the registered operator, which costs 60 us a call: more than the product of a small weight."""
-        packed, bias = self.packed, self.bias
-        y = sparse_linear(x, packed, bias)
-        if not torch.compiler.is_compiling():
-            self._run, self._run_values, self._run_bias = _prepared(packed, bias), packed.values, bias
-        return y
-
-    def _apply(self, fn, recurse=True):
-        self._run = self._run_values = self._run_bias = None  # the memory may change
-        return super()._apply(fn, recurse)
-
-    def to_dense(self) -> Tensor:
-        """Weight [out_features, in_features]."""
-        return unpack(self.packed)
-
-    def kernel(self, tokens: int) -> str:
-        """Name of what multiplies that many tokens here."""
-        backend = dispatch.choose("sparse_linear", self.values.device.type)
-        if backend != "cpu":
-            return backend
-        from wandapp import _C
-        from wandapp.kernels.native import instruction_set
-        from wandapp.kernels.sparse_linear.cpu import MAX_PACKED_TOKENS
-
-        isa = instruction_set(None)
-        isa = _C.best_isa() if isa == "auto" else isa
-        return f"packed, {isa}" if tokens <= MAX_PACKED_TOKENS else "panels unpacked, dense product"
-
-    def extra_repr(self) -> str:
-        pattern = "unstructured" if self.pattern is None else "{}:{}".format(*self.pattern)
-        return f"{self.in_features}, {self.out_features}, {pattern}, bias={self.bias is not None}"
-
-
-def _prepared(packed: Packed, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """sparse_linear on this weight, without the checks and look-ups of every call; the same launcher runs."""
-    launch = dispatch.launcher("sparse_linear", packed.values.device)
-    if dispatch.choose("sparse_linear", packed.values.device.type) == "cpu":
-        from wandapp.kernels.sparse_linear.cpu import prepare_cpu
-
-        return prepare_cpu(packed, bias)
-    rows, cols = packed.shape
-    return lambda x: launch(x.view(-1, cols), packed, bias).view(*x.shape[:-1], rows)
-
-
-class TokenLinear(nn.Linear):
-    """nn.Linear with a dense weight that multiplies single tokens by wandapp's kernel: for the output embedding."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == self.in_features and x.dtype is self.weight.dtype and not torch.compiler.is_compiling():
-            from wandapp.kernels.sparse_linear.cpu import dense_linear_of_token_cpu
-
-            return dense_linear_of_token_cpu(x.contiguous(), self.weight, self.bias)
-        return super().forward(x)
-
-
-def _speed_up_output(model: nn.Module) -> None:
-    """The output embedding is never pruned, and in 16 bit torch's product with it would take most of a token's time."""
-    output = model.get_output_embeddings()
-    if (
-        type(output) is nn.Linear
-        and output.weight.dtype in (torch.bfloat16, torch.float16)
-        and output.weight.is_cpu
-        and output.in_features % 64 == 0
-        and dispatch.choose("sparse_linear", "cpu") == "cpu"
-    ):
-        output.__class__ = TokenLinear  # keeps a tied weight tied
+Pieces = list[tuple[Home, str]]  # the checkpoint's tensors that make up one parameter, by expert and then by row
 
 
 def load_sparse(folder: str | Path, device: str = "cpu", dtype: str | torch.dtype | None = None) -> nn.Module:
@@ -149,77 +41,162 @@ def load_sparse(folder: str | Path, device: str = "cpu", dtype: str | torch.dtyp
     checkpoint = PackedCheckpoint(folder)
     dtype = None if dtype is None else resolve_dtype(dtype)
     model = skeleton(folder, dtype=dtype, max_blocks=len(checkpoint.tensors))
-    dense = {}
-    for tensor, inside in module_names(model, checkpoint.tensors).items():
-        if inside is None:
-            raise WandappError(
-                f"{folder}: {tensor} is one of several that {type(model).__name__} merges; unpack it first"
-            )
-        if not _place_sparse(model, checkpoint, tensor, inside):
-            dense[inside] = tensor
-    fill_skeleton(model, folder, ((inside, checkpoint.read_tensor(tensor)) for inside, tensor in dense.items()))
-    model.to(target)
-    _speed_up_output(model)
-    return model
+    parameters = _pieces_by_parameter(model, checkpoint)
+    dense = {name: pieces for name, pieces in parameters.items() if not _place_sparse(model, checkpoint, name, pieces)}
+    fill_skeleton(model, folder, ((name, _dense(checkpoint, pieces)) for name, pieces in dense.items()))
+    stored_dense = {piece for pieces in parameters.values() for piece in pieces if not checkpoint.tensors[piece[1]]}
+    names = {
+        home.name.removesuffix(".weight") + ("" if home.expert is None else f".{home.expert}")
+        for home, _ in stored_dense
+    }
+    return _made_ready(model.to(target), checkpoint.pattern, names)
 
 
-def _place_sparse(model: nn.Module, checkpoint: PackedCheckpoint, tensor: str, inside: str) -> bool:
-    """Puts a SparseLinear in the place of the module that owns `inside`; False where that needs a dense weight."""
-    path, _, parameter_name = inside.rpartition(".")
-    linears = checkpoint.tensors[tensor]
+def _pieces_by_parameter(model: nn.Module, checkpoint: PackedCheckpoint) -> dict[str, Pieces]:
+    found: dict[str, Pieces] = {}
+    for tensor, home in tensor_homes(model, checkpoint.tensors).items():
+        found.setdefault(home.name, []).append((home, tensor))
+    for name, pieces in found.items():
+        pieces.sort(key=lambda piece: (piece[0].expert or 0, piece[0].part))
+        parts = pieces[0][0].parts
+        grid = [Home(name, expert, part, parts) for expert in range(len(pieces) // parts) for part in range(parts)]
+        alike = len({checkpoint.shape_of(tensor) for _, tensor in pieces}) == 1
+        if [home for home, _ in pieces] not in ([Home(name)], grid) or not alike:
+            raise WandappError(f"{checkpoint.folder}: {pieces[0][1]} and its like do not make up {name}; pack it again")
+    return found
+
+
+def _place_sparse(model: nn.Module, checkpoint: PackedCheckpoint, name: str, pieces: Pieces) -> bool:
+    """Puts packed weights in the place of parameter `name`; False where the model needs that parameter dense."""
+    path, _, parameter_name = name.rpartition(".")
+    linears = _linears_by_expert(checkpoint, pieces)
     try:
         module = model.get_submodule(path)
+        parameter = module.get_parameter(parameter_name)
     except AttributeError:
         return False
-    if not linears or not _can_be_sparse(module) or parameter_name != "weight":
+    if not linears or not (_is_linear(module) and parameter_name == "weight" or _is_experts(module, parameter)):
         return False
-    (linear,) = linears
-    stored = linear.shape[::-1] if linear.transposed else linear.shape
-    if tuple(module.weight.shape) != stored or linear.transposed != _is_conv1d(module):
+    transposed = _is_transposed(module)
+    rows, cols = sum(linear.shape[0] for linear in linears[0]), linears[0][0].shape[1]
+    stored = (cols, rows) if transposed else (rows, cols)
+    shape = (len(linears), *stored) if parameter.dim() == 3 else stored
+    if tuple(parameter.shape) != shape or any(linear.transposed != transposed for one in linears for linear in one):
         raise WandappError(
-            f"{checkpoint.folder}: {linear.name} is {list(stored)}, config.json asks for {list(module.weight.shape)}"
+            f"{checkpoint.folder}: {linears[0][0].name} is {list(shape)}, config.json asks for {list(parameter.shape)}"
         )
-    values, bitmask, row_offsets, shape, pattern = checkpoint.read_linear(linear.name)
-    offsets = None if row_offsets is None else row_offsets.clone()
-    # copies, so that nothing depends on the file any more
-    packed = Packed(values.to(module.weight.dtype, copy=True), bitmask.clone(), offsets, shape, pattern)
-    _replace(model, path, SparseLinear(packed, module.bias))
+    packed = [join_rows([_copied(checkpoint.read_linear(one.name), parameter.dtype) for one in its]) for its in linears]
+    _replace(model, name, packed)
     return True
 
 
+def _linears_by_expert(checkpoint: PackedCheckpoint, pieces: Pieces) -> list[list[PackedLinear]]:
+    """The packed linear maps of a parameter, each expert's from above to below; empty where a piece is stored dense."""
+    by_expert: dict[int, list[PackedLinear]] = {}
+    for home, tensor in pieces:
+        linears = checkpoint.tensors[tensor]
+        if not linears:
+            return []
+        for linear in linears:
+            by_expert.setdefault(home.expert or linear.index or 0, []).append(linear)
+    return [by_expert[expert] for expert in sorted(by_expert)]
+
+
+def _copied(packed: Packed, dtype: torch.dtype) -> Packed:
+    """A copy, so that nothing depends on the file any more."""
+    offsets = None if packed.row_offsets is None else packed.row_offsets.clone()
+    values = packed.values.to(dtype, copy=True)
+    return packed._replace(values=values, bitmask=packed.bitmask.clone(), row_offsets=offsets)
+
+
+def _dense(checkpoint: PackedCheckpoint, pieces: Pieces) -> Tensor:
+    tensors = [checkpoint.read_tensor(tensor) for _, tensor in pieces]
+    home = pieces[0][0]
+    if home.expert is None:
+        return tensors[0]
+    return torch.stack([torch.cat(tensors[i : i + home.parts]) for i in range(0, len(tensors), home.parts)])
+
+
 def sparsify(model: nn.Module, pattern: str | SparsityPattern, *, skip: tuple[str, ...] = ()) -> nn.Module:
-    """`model`, pruned and in memory, with every pruned nn.Linear and Conv1D of its blocks replaced by a SparseLinear.
+    """`model`, pruned and in memory, with every pruned linear map of its blocks replaced by a packed one.
 
     skip    as it was pruned: regular expressions of linear maps that stay as they are
     raises  WandappError naming the linear map that does not hold the pattern; those before it are replaced already
     """
     pattern = SparsityPattern.parse(pattern)
+    kept_dense = set()
     prefix, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
-        for name, view in find_linears(block, f"{prefix}.{index}", skip).items():
-            module = model.get_submodule(name) if view.index is None else None
-            if not _can_be_sparse(module) or any(re.search(expression, name) for expression in skip):
-                continue
-            try:
-                packed = pack(view.weight, n=pattern.n, m=pattern.m)
-            except WandappError as error:
-                raise WandappError(f"{name}: {error}") from error
-            _replace(model, name, SparseLinear(packed, module.bias))
-    _speed_up_output(model)
-    return model.eval()
+        views: dict[int, list[LinearView]] = {}
+        for view in find_linears(block, f"{prefix}.{index}", skip).values():
+            views.setdefault(id(view.parameter), []).append(view)
+        names = {id(parameter): name for name, parameter in block.named_parameters()}
+        for key, its_views in views.items():
+            name = f"{prefix}.{index}.{names[key]}"
+            module = model.get_submodule(name.rpartition(".")[0])
+            skipped = {view.name for view in its_views for expression in skip if re.search(expression, view.name)}
+            kept_dense |= skipped
+            if not skipped and (_is_linear(module) or _is_experts(module, its_views[0].parameter)):
+                _replace(model, name, [_pack_view(view, pattern) for view in its_views])
+    return _made_ready(model.eval(), pattern, kept_dense)
 
 
-def _can_be_sparse(module: nn.Module | None) -> bool:
+def _pack_view(view: LinearView, pattern: SparsityPattern) -> Packed:
+    try:
+        return pack(view.weight, n=pattern.n, m=pattern.m)
+    except WandappError as error:
+        raise WandappError(f"{view.name}: {error}") from error
+
+
+def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
-def _is_conv1d(module: nn.Module | None) -> bool:
+def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"  # of transformers: y = x W + b
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+def _is_experts(module: nn.Module, parameter: Tensor) -> bool:
+    return type(module).__name__.endswith("Experts") and parameter.dim() == 3
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return _is_conv1d(module) or bool(getattr(module, "is_transposed", False))
+
+
+def _replace(model: nn.Module, name: str, packed: list[Packed]) -> None:
+    """Replaces parameter `name`: a linear map's whole module by a SparseLinear, one of experts by SparseExperts."""
+    path, _, parameter_name = name.rpartition(".")
+    module = model.get_submodule(path)
+    transposed = _is_transposed(module)
+    if _is_linear(module):
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, SparseLinear(packed[0], module.bias, transposed=transposed))
+    else:
+        delattr(module, parameter_name)
+        setattr(module, parameter_name, SparseExperts.of(packed, transposed=transposed))
+
+
+def _made_ready(model: nn.Module, pattern: SparsityPattern, kept_dense: set[str]) -> nn.Module:
+    """`model`, with experts called one by one: other implementations multiply their 3-D parameter as a whole."""
+    if any(isinstance(module, SparseExperts) for module in model.modules()):
+        model.set_experts_implementation("eager")
+    _speed_up_output(model)
+    remember(model, pattern, kept_dense)
+    return model
+
+
+def _speed_up_output(model: nn.Module) -> None:
+    """The output embedding is never pruned, and in 16 bit torch's product with it would take most of a token's time."""
+    output = model.get_output_embeddings()
+    if (
+        type(output) is nn.Linear
+        and output.weight.dtype in (torch.bfloat16, torch.float16)
+        and output.weight.is_cpu
+        and output.in_features % 64 == 0
+        and dispatch.choose("sparse_linear", "cpu") == "cpu"
+    ):
+        output.__class__ = TokenLinear  # keeps a tied weight tied
 
 
 def load_either(reference: str, *, dtype: str = "auto", device: str = "cpu") -> LoadedModel:

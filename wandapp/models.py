@@ -1,6 +1,6 @@
 """Load a causal language model from a hub id, a folder or a GGUF file; save a pruned one so that it is whole or absent.
 
-The only file that imports transformers. safetensors and GGUF only: a pickle may run code when it is read.
+With conversion.py the only file that imports transformers. safetensors and GGUF only: a pickle may run code when it is read.
 """
 
 import importlib.util
@@ -25,8 +25,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.utils import logging as transformers_logging
 
 from wandapp.errors import WandappError
@@ -293,23 +291,18 @@ def skeleton(folder: str | Path, *, dtype: torch.dtype | None = None, max_blocks
         blocks = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
         if max_blocks is not None and blocks > max_blocks:
             raise WandappError(f"{folder}: config.json asks for {blocks} blocks, the weights hold at most {max_blocks}")
-        with _quiet_transformers(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+        return skeleton_of(config, dtype or config.dtype or torch.float32)
     except WandappError:
         raise
     except _LOAD_ERRORS as error:
         raise WandappError(_why_not_loaded(str(folder), error)) from error
+
+
+def skeleton_of(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model of a transformers config, in eval mode, with every tensor on the meta device."""
+    with _quiet_transformers(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
-
-
-def module_names(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, str | None]:
-    """Name inside `model` of each checkpoint tensor; None where the model holds it merged with others (experts)."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [transform for transform in mapping if not isinstance(transform, WeightConverter)]
-    converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
-    own, prefix = model.state_dict(), model.base_model_prefix
-    found = {name: rename_source_key(name, renamings, converters, prefix, own) for name in tensor_names}
-    return {name: None if merged_by else renamed for name, (renamed, merged_by) in found.items()}
 
 
 def fill_skeleton(model: nn.Module, folder: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -424,6 +417,18 @@ def save_pruned(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
         write_files(partial, files)
+
+
+def save_companions(model: nn.Module, tokenizer: Any | None, folder: Path) -> None:
+    """Writes what lies beside a checkpoint's weights: config, generation config and tokenizer."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    with _quiet_transformers():
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def write_files(folder: Path, files: dict[str, str]) -> None:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wandapp.blocks import LinearView
 from wandapp.errors import WandappError
 from wandapp.kernels.pack import Packed, unpack
 from wandapp.models import PACKED_MANIFEST
@@ -160,6 +161,25 @@ class PackedCheckpoint:
         weights = [unpack(self.read_linear(linear.name)) for linear in linears]
         stored = [weight.T if linears[0].transposed else weight for weight in weights]
         return stored[0].contiguous() if linears[0].index is None else torch.stack(stored)
+
+    def read_view(self, tensor: str, view: LinearView) -> Tensor:
+        """Weight [out, in] of one linear map of `tensor`."""
+        linears = [linear for linear in self.tensors[tensor] if linear.index == view.index]
+        stored, expected = self.shape_of(tensor), tuple(view.parameter.shape)
+        if stored != expected:
+            raise WandappError(f"{self.folder}: {tensor} is {list(stored)}, config.json asks for {list(expected)}")
+        if not linears:
+            return view.of(self.files.read(tensor))
+        weight = unpack(self.read_linear(linears[0].name))
+        return weight if linears[0].transposed == view.transposed else weight.T
+
+    def shape_of(self, tensor: str) -> tuple[int, ...]:
+        """Shape of the tensor in the dense checkpoint."""
+        linears = self.tensors[tensor]
+        if not linears:
+            return self.files.infos[tensor].shape
+        shape = linears[0].shape[::-1] if linears[0].transposed else linears[0].shape
+        return shape if linears[0].index is None else (len(linears), *shape)
 
     def path_of_tensor(self, name: str) -> Path:
         """The file that holds it, or its first part."""

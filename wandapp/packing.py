@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from wandapp.blocks import LinearView, find_blocks, find_linears
 from wandapp.config import PruneConfig
+from wandapp.conversion import Home, tensor_homes
 from wandapp.errors import WandappError
 from wandapp.kernels.pack import Packed, pack
-from wandapp.models import PACKED_MANIFEST, checkpoint_files, module_names, output_folder, skeleton
-from wandapp.packed import FORMAT, VERSION, Manifest, PackedCheckpoint, PackedLinear, TensorFiles
+from wandapp.models import PACKED_MANIFEST, checkpoint_files, output_folder, skeleton
+from wandapp.packed import FORMAT, VERSION, Manifest, PackedCheckpoint, PackedLinear, TensorFiles, TensorInfo
 from wandapp.pattern import SparsityPattern
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -57,6 +59,14 @@ class PackSummary:
 Progress = Callable[[int, int], None]
 
 
+class TensorSource(Protocol):
+    """A dense checkpoint's tensors by name, read one at a time: `TensorFiles`, or those of a model in memory."""
+
+    infos: dict[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor: ...
+
+
 def pack_checkpoint(
     source: str | Path,
     out: str | Path,
@@ -75,54 +85,105 @@ def pack_checkpoint(
     source = Path(source)
     pattern, skip = _what_was_pruned(source, sparsity, skip)
     files = TensorFiles(checkpoint_files(source))
-    plan = _Plan.of(source, files, pattern, skip)
-    summary = PackSummary(str(pattern))
-    names = [f"packed-{index:05}-of-{len(plan.groups):05}.safetensors" for index in range(1, len(plan.groups) + 1)]
+    model = skeleton(source, max_blocks=len(files.infos))
     with output_folder(out, overwrite) as partial:
         _copy_companions(source, partial)
-        _add_recipe(partial, pattern, skip)
-        for done, (name, group) in enumerate(zip(names, plan.groups, strict=True), start=1):
-            _save(_packed_group(group, plan, files, pattern, summary), partial / name)
-            if on_progress:
-                on_progress(done, len(names))
-        manifest = Manifest(
-            format=FORMAT,
-            version=VERSION,
-            pattern=str(pattern),
-            files=names,
-            linears=plan.entries,
-            dense=plan.dense,
-        )
-        (partial / PACKED_MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        add_recipe(partial, pattern, skip)
+        return write_packed(partial, model, files, pattern, skip, source, on_progress)
+
+
+def write_packed(
+    folder: Path,
+    model: torch.nn.Module,
+    tensors: TensorSource,
+    pattern: SparsityPattern,
+    skip: tuple[str, ...],
+    place: str | Path,
+    on_progress: Progress | None = None,
+) -> PackSummary:
+    """Writes the packed form of a dense checkpoint's `tensors`, a file per block; returns the sizes.
+
+    model   what they belong to; may be a skeleton
+    place   what errors say the tensors belong to
+    """
+    plan = _Plan.of(model, tensors, pattern, skip, place)
+    summary = PackSummary(str(pattern))
+    packed = [_packed_group(group, plan, tensors, pattern, summary) for group in plan.groups]
+    names = write_shards(folder, "packed", packed, on_progress)
+    manifest = Manifest(
+        format=FORMAT, version=VERSION, pattern=str(pattern), files=list(names), linears=plan.entries, dense=plan.dense
+    )
+    (folder / PACKED_MANIFEST).parent.mkdir(exist_ok=True)
+    (folder / PACKED_MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return summary
 
 
-def prunable_tensors(
-    folder: Path, names: Iterable[str], skip: tuple[str, ...]
-) -> tuple[torch.nn.Module, dict[str, str], dict[str, list[LinearView]]]:
-    """What config.json makes of the tensors `names` of a dense checkpoint.
+Shard = Iterable[tuple[str, Tensor]]
 
-    returns  (skeleton, checkpoint's tensor by its name inside the model, linear maps in the decoder blocks by tensor)
+
+def write_shards(
+    folder: Path, stem: str, shards: list[Shard], on_progress: Progress | None = None
+) -> dict[str, list[str]]:
+    """One safetensors file per shard, each made when it is written; names of their tensors by file."""
+    written: dict[str, list[str]] = {}
+    for done, shard in enumerate(shards, start=1):
+        name = f"{stem}-{done:05}-of-{len(shards):05}.safetensors"
+        written[name] = _save(shard, folder / name)
+        if on_progress:
+            on_progress(done, len(shards))
+    return written
+
+
+def write_dense_index(folder: Path, files: dict[str, list[str]], total_bytes: int) -> None:
+    """The index that tells transformers which tensor lies in which file."""
+    weight_map = {tensor: file for file, tensors in files.items() for tensor in tensors}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+class Layout(NamedTuple):
+    """How a model sees the tensors of its dense checkpoint.
+
+    homes   where it keeps each of them
+    views   linear maps of the decoder blocks by tensor; a tensor that is part of an expert's rows has a view of its own,
+            under the expert's name
     """
-    names = list(names)
-    model = skeleton(folder, max_blocks=len(names))
-    tensor_of = {inside: tensor for tensor, inside in module_names(model, names).items()}
-    if None in tensor_of:
-        raise WandappError(
-            f"{folder}: weights that the model merges, such as the experts of {tensor_of[None]}, cannot be packed; "
-            "keep this checkpoint dense"
-        )
+
+    homes: dict[str, Home]
+    views: dict[str, list[LinearView]]
+
+
+def tensor_layout(model: torch.nn.Module, names: Iterable[str], skip: tuple[str, ...], place: str | Path) -> Layout:
+    """The layout of the checkpoint tensors `names` in `model`, which may be a skeleton; views without skipped ones.
+
+    place   what errors say the tensors belong to
+    raises  WandappError on a linear map of the blocks that no tensor holds
+    """
+    places = tensor_homes(model, names)
+    tensors_of: dict[tuple[str, int | None], list[str]] = {}
+    for tensor, home in places.items():
+        tensors_of.setdefault((home.name, home.expert), []).append(tensor)
     parameters = {id(parameter): name for name, parameter in model.named_parameters()}
     views: dict[str, list[LinearView]] = {}
     prefix, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
         for name, view in find_linears(block, f"{prefix}.{index}", skip).items():
-            tensor = tensor_of.get(parameters[id(view.parameter)])
-            if tensor is None:
-                raise WandappError(f"{folder}: the checkpoint has no tensor for {name}; prune and save it again")
+            parameter = parameters[id(view.parameter)]
+            tensors = tensors_of.get((parameter, None)) or tensors_of.get((parameter, view.index))
+            if tensors is None:
+                raise WandappError(f"{place}: the checkpoint has no tensor for {name}; prune and save it again")
             if not any(re.search(expression, name) for expression in skip):
-                views.setdefault(tensor, []).append(view)
-    return model, tensor_of, views
+                for tensor in tensors:
+                    views.setdefault(tensor, []).append(_piece(view, places[tensor]))
+    return Layout(places, views)
+
+
+def _piece(view: LinearView, home: Home) -> LinearView:
+    if home.expert is None:
+        return view
+    rows, cols = view.weight.shape
+    rows_of_part = torch.empty(rows // home.parts, cols, device="meta", dtype=view.weight.dtype)
+    return LinearView(view.name, torch.nn.Parameter(rows_of_part, requires_grad=False))
 
 
 @dataclass
@@ -135,33 +196,45 @@ class _Plan:
     dense: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, source: Path, files: TensorFiles, pattern: SparsityPattern, skip: tuple[str, ...]) -> "_Plan":
-        model, tensor_of, views = prunable_tensors(source, files.infos, skip)
-        for tensor, its_views in views.items():
+    def of(
+        cls,
+        model: torch.nn.Module,
+        files: TensorSource,
+        pattern: SparsityPattern,
+        skip: tuple[str, ...],
+        place: str | Path,
+    ) -> "_Plan":
+        layout = tensor_layout(model, files.infos, skip, place)
+        for tensor, its_views in layout.views.items():
             found, expected = files.infos[tensor].shape, tuple(its_views[0].parameter.shape)
             if found != expected:
-                raise WandappError(f"{source}: {tensor} has shape {list(found)}, config.json asks for {list(expected)}")
+                raise WandappError(f"{place}: {tensor} has shape {list(found)}, config.json asks for {list(expected)}")
             pattern.require_fit(its_views[0].name, its_views[0].weight.shape[1])
-        groups: dict[int, list[str]] = {}
-        prefix = re.escape(find_blocks(model)[0])
-        for inside, tensor in _without_ties(model, tensor_of, files).items():
-            block = re.match(rf"{prefix}\.(\d+)\.", inside)
-            groups.setdefault(int(block[1]) if block else -1, []).append(tensor)
-        return cls(views, [groups[index] for index in sorted(groups)])
+        return cls(layout.views, block_groups(model, layout.homes, files))
 
 
-def _without_ties(model: torch.nn.Module, tensor_of: dict[str, str], files: TensorFiles) -> dict[str, str]:
-    """tensor_of without the second name of a tied weight, where the checkpoint stores an equal copy under it."""
-    tied = {second: first for second, first in getattr(model, "all_tied_weights_keys", {}).items()}
-    return {
-        inside: tensor
-        for inside, tensor in tensor_of.items()
-        if tied.get(inside) not in tensor_of or not torch.equal(files.read(tensor), files.read(tensor_of[tied[inside]]))
-    }
+def block_groups(model: torch.nn.Module, homes: dict[str, Home], files: TensorSource) -> list[list[str]]:
+    """The tensors of everything outside the blocks, then those of each block; tied weights once."""
+    groups: dict[int, list[str]] = {}
+    prefix = re.escape(find_blocks(model)[0])
+    for tensor in _without_ties(model, homes, files):
+        block = re.match(rf"{prefix}\.(\d+)\.", homes[tensor].name)
+        groups.setdefault(int(block[1]) if block else -1, []).append(tensor)
+    return [groups[index] for index in sorted(groups)]
+
+
+def _without_ties(model: torch.nn.Module, homes: dict[str, Home], files: TensorSource) -> Iterator[str]:
+    """The tensors without the second name of a tied weight, where the checkpoint stores an equal copy under it."""
+    tied = getattr(model, "all_tied_weights_keys", {})  # second name inside the model -> first
+    tensor_of = {home.name: tensor for tensor, home in homes.items()}
+    for tensor, home in homes.items():
+        first = tensor_of.get(tied.get(home.name))
+        if first is None or not torch.equal(files.read(tensor), files.read(first)):
+            yield tensor
 
 
 def _packed_group(
-    tensors: list[str], plan: _Plan, files: TensorFiles, pattern: SparsityPattern, summary: PackSummary
+    tensors: list[str], plan: _Plan, files: TensorSource, pattern: SparsityPattern, summary: PackSummary
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one file, under the names they are stored by."""
     for tensor in tensors:
@@ -201,11 +274,15 @@ def _count_negative_zeros(weight: Tensor) -> int:
     return int(torch.count_nonzero(bits == torch.iinfo(bits.dtype).min))  # the sign bit alone
 
 
-def _save(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
-    """One file, whose tensors are dropped with the end of this function; glibc would keep their memory for later."""
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+def _save(tensors: Shard, path: Path) -> list[str]:
+    """One file; its names. Tensors are dropped at the end of this function, and glibc would keep their memory for later."""
+    held = dict(tensors)
+    save_file(held, path, metadata={"format": "pt"})
+    names = list(held)
+    held.clear()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
+    return names
 
 
 def _what_was_pruned(source: Path, sparsity, skip) -> tuple[SparsityPattern, tuple[str, ...]]:
@@ -219,7 +296,7 @@ def _what_was_pruned(source: Path, sparsity, skip) -> tuple[SparsityPattern, tup
     return pattern, tuple((recipe.skip if recipe else ()) if skip is None else skip)
 
 
-def _add_recipe(folder: Path, pattern: SparsityPattern, skip: tuple[str, ...]) -> None:
+def add_recipe(folder: Path, pattern: SparsityPattern, skip: tuple[str, ...]) -> None:
     """Where the checkpoint came without a recipe: what was pruned, so that verify and unpack know."""
     recipe = folder / "wandapp" / "recipe.yaml"
     if not recipe.is_file():
@@ -251,17 +328,11 @@ def unpack_checkpoint(
     groups: dict[Path, list[str]] = {}
     for tensor in checkpoint.tensors:
         groups.setdefault(checkpoint.path_of_tensor(tensor), []).append(tensor)
-    weight_map: dict[str, str] = {}
     with output_folder(out, overwrite) as partial:
         _copy_companions(checkpoint.folder, partial)
-        for done, path in enumerate(sorted(groups), start=1):
-            name = f"model-{done:05}-of-{len(groups):05}.safetensors"
-            _save(_unpacked_group(groups[path], checkpoint, summary), partial / name)
-            weight_map |= dict.fromkeys(groups[path], name)
-            if on_progress:
-                on_progress(done, len(groups))
-        index = {"metadata": {"total_size": summary.dense_bytes}, "weight_map": weight_map}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        shards = [_unpacked_group(groups[path], checkpoint, summary) for path in sorted(groups)]
+        files = write_shards(partial, "model", shards, on_progress)
+        write_dense_index(partial, files, summary.dense_bytes)
     return summary
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from wandapp.blocks import LinearView
-from wandapp.errors import WandappError
+from wandapp.models import skeleton
 from wandapp.packed import PackedCheckpoint
-from wandapp.packing import prunable_tensors
+from wandapp.packing import tensor_layout
 from wandapp.pattern import SparsityPattern
 from wandapp.store import ModelStore
 
@@ -50,14 +50,17 @@ def verify_packed(folder: str | Path, pattern: SparsityPattern | str, skip: tupl
     """`verify_model` for a packed checkpoint, one tensor at a time; linear maps that it holds dense are checked too."""
     pattern = SparsityPattern.parse(pattern)
     checkpoint = PackedCheckpoint(folder)
-    _, _, views = prunable_tensors(checkpoint.folder, checkpoint.tensors, tuple(skip))
+    model = skeleton(folder, max_blocks=len(checkpoint.tensors))
+    layout = tensor_layout(model, checkpoint.tensors, tuple(skip), folder)
+    pieces: dict[str, list[tuple[str, LinearView]]] = {}  # of each linear map, from above to below
+    for tensor in sorted(layout.views, key=lambda name: layout.homes[name].part):
+        for view in layout.views[tensor]:
+            pieces.setdefault(view.name, []).append((tensor, view))
 
     def weights() -> Iterator[tuple[LinearView, Tensor]]:
-        for tensor, its_views in views.items():
-            stored, expected = checkpoint.read_tensor(tensor), its_views[0].parameter.shape
-            if stored.shape != expected:
-                raise WandappError(f"{folder}: {tensor} is {list(stored.shape)}, config.json asks for {list(expected)}")
-            yield from ((view, view.of(stored)) for view in its_views)
+        for its_pieces in pieces.values():
+            rows = [checkpoint.read_view(tensor, view) for tensor, view in its_pieces]
+            yield its_pieces[0][1], rows[0] if len(rows) == 1 else torch.cat(rows)
 
     return _verify(weights(), pattern)
 

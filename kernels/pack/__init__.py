@@ -81,6 +81,19 @@ def check_packed(packed: Packed) -> None:
     require(tuple(values.shape) == expected, f"values must be {list(expected)}, got {list(values.shape)}")
 
 
+def join_rows(parts: list[Packed]) -> Packed:
+    """The packed weight whose rows are those of `parts`, one below the other; columns, dtype and pattern are alike."""
+    if len(parts) == 1:
+        return parts[0]
+    values, bitmask = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+    row_offsets = None
+    if parts[0].row_offsets is not None:
+        counts = torch.cat([part.row_offsets.diff() for part in parts])
+        row_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    rows = sum(part.shape[0] for part in parts)
+    return Packed(values, bitmask, row_offsets, (rows, parts[0].shape[1]), parts[0].pattern)
+
+
 # Launchers: `pack_<backend>(weight, *, n, m)` returns (values, bitmask, row_offsets or None, offender), where offender
 # is the flat index row * cols + column of the first column of the first group with more than n non-zeros, else -1
 # (an int or a 0-d integer tensor). `unpack_<backend>(packed)` returns the dense weight.

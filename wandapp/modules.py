@@ -1,0 +1,138 @@
+"""The modules of a packed model: linear maps and experts that read kept weights and bitmasks directly.
+
+Decode is bound by the bytes of the weights, and the packed form has about half of them. Up to 16 tokens a packed kernel
+runs; for more, panels of rows are unpacked into cache and multiplied densely (see `wandapp.kernels.sparse_linear`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from wandapp.errors import WandappError
+from wandapp.kernels import dispatch
+from wandapp.kernels.pack import Packed, check_packed, unpack
+from wandapp.kernels.sparse_linear import sparse_linear
+
+
+class SparseLinear(nn.Module):
+    """y = x W^T + bias for a packed W [out_features, in_features]; takes the place of nn.Linear or GPT-2's Conv1D.
+
+    Buffers `values`, `bitmask` and, when unstructured, `row_offsets` are named as in the packed checkpoint. For
+    inference: the weight has no gradient.
+
+    transposed  the dense model stores this weight as [in, out]
+    """
+
+    def __init__(self, packed: Packed, bias: nn.Parameter | None = None, *, transposed: bool = False):
+        super().__init__()
+        check_packed(packed)
+        self.out_features, self.in_features = packed.shape
+        self.pattern, self.transposed = packed.pattern, transposed
+        self.register_buffer("values", packed.values)
+        self.register_buffer("bitmask", packed.bitmask)
+        self.register_buffer("row_offsets", packed.row_offsets)
+        self.register_parameter("bias", bias)
+        self._run, self._run_values, self._run_bias = None, None, None  # what `forward` calls, and what it was made for
+
+    @property
+    def packed(self) -> Packed:
+        parts = self._buffers
+        shape = (self.out_features, self.in_features)
+        return Packed(parts["values"], parts["bitmask"], parts["row_offsets"], shape, self.pattern)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self._buffers["values"]
+        if (
+            self._run_values is not values
+            or self._run_bias is not self._parameters["bias"]
+            or torch.compiler.is_compiling()
+            or x.dtype is not values.dtype
+            or x.shape[-1] != self.in_features
+            or x.device != values.device
+        ):
+            return self._checked_forward(x)
+        return self._run(x.contiguous())
+
+    def _checked_forward(self, x: Tensor) -> Tensor:
+        """Through the registered operator, which costs 60 us a call: more than the product of a small weight."""
+        packed, bias = self.packed, self.bias
+        y = sparse_linear(x, packed, bias)
+        if not torch.compiler.is_compiling():
+            self._run, self._run_values, self._run_bias = _prepared(packed, bias), packed.values, bias
+        return y
+
+    def _apply(self, fn, recurse=True):
+        self._run = self._run_values = self._run_bias = None  # the memory may change
+        return super()._apply(fn, recurse)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """linear(x, module, bias) and x @ module, as if the module were its weight: so experts run (`SparseExperts`)."""
+        x, module, *bias = args
+        if (
+            function is nn.functional.linear
+            and not module.transposed
+            or function is Tensor.matmul
+            and module.transposed
+        ):
+            y = module(x)
+            bias = bias or [(kwargs or {}).get("bias")]
+            return y if bias[0] is None else y + bias[0]
+        raise WandappError(
+            f"a packed weight multiplies from the right, by linear or @; {function.__name__} needs it dense"
+        )
+
+    def to_dense(self) -> Tensor:
+        """Weight [out_features, in_features]."""
+        return unpack(self.packed)
+
+    def kernel(self, tokens: int) -> str:
+        """Name of what multiplies that many tokens here."""
+        backend = dispatch.choose("sparse_linear", self.values.device.type)
+        if backend != "cpu":
+            return backend
+        from wandapp import _C
+        from wandapp.kernels.native import instruction_set
+        from wandapp.kernels.sparse_linear.cpu import MAX_PACKED_TOKENS
+
+        isa = instruction_set(None)
+        isa = _C.best_isa() if isa == "auto" else isa
+        return f"packed, {isa}" if tokens <= MAX_PACKED_TOKENS else "panels unpacked, dense product"
+
+    def extra_repr(self) -> str:
+        pattern = "unstructured" if self.pattern is None else "{}:{}".format(*self.pattern)
+        return f"{self.in_features}, {self.out_features}, {pattern}, bias={self.bias is not None}"
+
+
+def _prepared(packed: Packed, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """sparse_linear on this weight, without the checks and look-ups of every call; the same launcher runs."""
+    launch = dispatch.launcher("sparse_linear", packed.values.device)
+    if dispatch.choose("sparse_linear", packed.values.device.type) == "cpu":
+        from wandapp.kernels.sparse_linear.cpu import prepare_cpu
+
+        return prepare_cpu(packed, bias)
+    rows, cols = packed.shape
+    return lambda x: launch(x.view(-1, cols), packed, bias).view(*x.shape[:-1], rows)
+
+
+class SparseExperts(nn.ModuleList):
+    """Packed weights in the place of a 3-D parameter: item e is the `SparseLinear` of expert e.
+
+    The experts' own forward, which takes `parameter[e]` as a weight of nn.functional.linear or @, then runs as it is.
+    """
+
+    @classmethod
+    def of(cls, weights: list[Packed], *, transposed: bool) -> "SparseExperts":
+        return cls(SparseLinear(packed, transposed=transposed) for packed in weights)
+
+
+class TokenLinear(nn.Linear):
+    """nn.Linear with a dense weight that multiplies single tokens by wandapp's kernel: for the output embedding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == self.in_features and x.dtype is self.weight.dtype and not torch.compiler.is_compiling():
+            from wandapp.kernels.sparse_linear.cpu import dense_linear_of_token_cpu
+
+            return dense_linear_of_token_cpu(x.contiguous(), self.weight, self.bias)
+        return super().forward(x)
