@@ -1,25 +1,23 @@
 """The command `wandapp`. Each subcommand reads its options, calls the library and prints; nothing is computed here.
 
-Exit codes: 0 done, 1 verification failed, 2 bad input (one sentence on stderr), 3 interrupted.
+Exit codes: 0 done, 1 verification failed, 2 bad input (one sentence on stderr), 3 interrupted; see cli_habits.py.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from wandapp import __version__, cli_bench, cli_packed, cli_recover
+from wandapp import __version__, cli_bench, cli_habits, cli_packed, cli_recover
 from wandapp.cli_options import Device, Dtype, Json, ModelArgument, with_flags_of
 from wandapp.config import PruneConfig
-from wandapp.console import Output, fail, speaks_for_all
+from wandapp.console import Output, speaks_for_all
 from wandapp.errors import WandappError
 
 app = typer.Typer(
     help="Prune large language models in one shot, and prove the pattern.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -30,17 +28,7 @@ app.add_typer(cli_bench.bench, name="bench")
 
 def main() -> None:
     """Entry point of the console script."""
-    try:
-        app()
-    except WandappError as error:
-        if speaks_for_all() or error.is_of_one_rank:
-            fail(error)
-        sys.exit(2)
-    except SystemExit as exit:
-        if exit.code == 130:  # what a shell calls SIGINT
-            fail(InterruptedError("interrupted; an unfinished output was removed"))
-            sys.exit(3)
-        raise
+    cli_habits.run(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -218,13 +206,17 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 64,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    json_only: Json = False,
 ) -> None:
     """Continue PROMPT, always with the most likely token."""
     from wandapp.inference import load_either
     from wandapp.models import generate
 
+    output = Output(json_only)
     loaded = load_either(model, dtype=dtype, device=device)
-    print(prompt + generate(loaded.model, loaded.tokenizer, prompt, max_new_tokens))
+    text = generate(loaded.model, loaded.tokenizer, prompt, max_new_tokens)
+    output.result(prompt + text)
+    output.finish({"model": model, "prompt": prompt, "text": text})
 
 
 @app.command("doctor")

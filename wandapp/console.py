@@ -1,17 +1,43 @@
 """What the commands print: results on stdout, everything else on stderr, progress fit for a terminal or a log file."""
 
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-SECONDS_BETWEEN_LINES = 5.0  # in a log file; a terminal gets a live bar
+SECONDS_BETWEEN_LINES = 30.0  # in a log file; a terminal gets a live bar
+
+
+class Verbosity(Enum):
+    """How much a command says beside its result, its warnings and its errors."""
+
+    QUIET = 0  # nothing
+    NORMAL = 1  # what it is doing, and progress
+    VERBOSE = 2  # every step, the libraries' logs, and where an error arose
+
+
+_verbosity = Verbosity.NORMAL
+
+
+def verbosity() -> Verbosity:
+    """How much this process says."""
+    return _verbosity
+
+
+def set_verbosity(value: Verbosity) -> None:
+    """Set how much this process says from now on."""
+    global _verbosity
+    _verbosity = value
+    if value is Verbosity.VERBOSE:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 
 
 def speaks_for_all() -> bool:
@@ -20,7 +46,10 @@ def speaks_for_all() -> bool:
 
 
 class Output:
-    """Where a command's text goes. With --json, stdout gets one JSON object as its last line and nothing else."""
+    """Where a command's text goes. With --json, stdout gets one JSON object as its last line and nothing else.
+
+    Colours, and none where NO_COLOR is set, are rich's business.
+    """
 
     def __init__(self, json_only: bool = False):
         self.json_only, quiet = json_only, not speaks_for_all()
@@ -28,7 +57,9 @@ class Output:
         self.results = self.stderr if json_only else Console(highlight=False, soft_wrap=True, quiet=quiet)
 
     def note(self, text: str) -> None:
-        """Say what is going on."""
+        """Say what is going on, unless asked to be quiet."""
+        if _verbosity is Verbosity.QUIET:
+            return
         self.stderr.print(text, markup=False)
 
     def warn(self, text: str) -> None:
@@ -62,7 +93,8 @@ class Output:
     @contextmanager
     def progress(self, title: str) -> Iterator[Callable[[int, int, str, float | None], None]]:
         """A function (done, total, detail, eta_seconds) that shows how far the work is."""
-        with _live_bar(self.stderr, title) if self.stderr.is_terminal else _lines(self, title) as update:
+        live = self.stderr.is_terminal and _verbosity is Verbosity.NORMAL
+        with _live_bar(self.stderr, title) if live else _lines(self, title) as update:
             yield update
 
 
@@ -85,7 +117,8 @@ def _lines(output: Output, title: str) -> Iterator[Callable]:
     def update(done: int, total: int, detail: str = "", eta_seconds: float | None = None) -> None:
         nonlocal last
         now = time.monotonic()
-        if done in (1, total) or now - last >= SECONDS_BETWEEN_LINES:
+        is_due = now - last >= SECONDS_BETWEEN_LINES or _verbosity is Verbosity.VERBOSE
+        if done in (1, total) or is_due:
             last = now
             output.note(f"{title} {done}/{total}  {now - start:.0f} s  {_detail(detail, eta_seconds)}".rstrip())
 
@@ -105,6 +138,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
 
 
-def fail(error: Exception) -> None:
+def fail(error: Exception | str) -> None:
     """One sentence on stderr."""
     print(f"wandapp: {error}", file=sys.stderr)
