@@ -14,6 +14,7 @@ FLOORS = {
     "wandapp._C": 0,
     "wandapp.errors": 0,  # any floor may raise
     "wandapp.kernels": 1,
+    "wandapp.memory": 2,
     "wandapp.pattern": 2,
     "wandapp.options": 2,
     "wandapp.recover_config": 2,

@@ -1,10 +1,8 @@
 """Packs a pruned checkpoint and restores it, block by block: neither way holds the dense model in memory."""
 
-import ctypes
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from wandapp.config import PruneConfig
 from wandapp.conversion import Home, tensor_homes
 from wandapp.errors import WandappError
 from wandapp.kernels.pack import Packed, pack
+from wandapp.memory import give_back
 from wandapp.models import PACKED_MANIFEST, checkpoint_files, output_folder, skeleton
 from wandapp.packed import FORMAT, VERSION, Manifest, PackedCheckpoint, PackedLinear, TensorFiles, TensorInfo
 from wandapp.pattern import SparsityPattern
@@ -280,8 +279,7 @@ def _save(tensors: Shard, path: Path) -> list[str]:
     save_file(held, path, metadata={"format": "pt"})
     names = list(held)
     held.clear()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    give_back()
     return names
 
 

@@ -87,19 +87,18 @@ class SparsityPattern:
             excess = present.unflatten(1, (-1, self.m)).sum(2) > self.n  # [out, in / m]
             position = _first_true(excess)
             return position and (position[0], position[1] * self.m)
-        if group == "matrix":
-            position = _first_true(_beyond(present.reshape(1, -1), self.keep(weight.numel())))
-            return position and divmod(position[1], in_features)
-        return _first_true(_beyond(present, self.keep(in_features)))
+        rows = present.reshape(1, -1) if group == "matrix" else present
+        keep = self.keep(rows.shape[1])
+        crowded = (rows.sum(1) > keep).nonzero()
+        if not len(crowded):
+            return None
+        row = int(crowded[0])
+        column = int((rows[row].cumsum(0) > keep).int().argmax())  # the first non-zero that is one too many
+        return divmod(column, in_features) if group == "matrix" else (row, column)
 
     def holds(self, weight: Tensor, group: Literal["row", "matrix"] = "row") -> bool:
         """Whether a [out, in] weight has the pattern; more zeros than asked for are fine."""
         return self.first_violation(weight, group) is None
-
-
-def _beyond(present: Tensor, keep: int) -> Tensor:
-    """Marks, in each row of a boolean matrix, the True entries after the first `keep` of them."""
-    return present & (present.cumsum(1) > keep)
 
 
 def _first_true(mask: Tensor) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ from wandapp.blocks import DecoderBlock
 from wandapp.calibration import Calibration, load_calibration, save_tokens
 from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
+from wandapp.memory import kept_pages
 from wandapp.methods.base import BlockRecord
 from wandapp.models import resolve_device
 from wandapp.pattern import SparsityPattern
@@ -67,7 +68,7 @@ def prune(
         batch_size=batch_size,
         ranks=ranks.size,
     )
-    with _frozen(model):
+    with _frozen(model), kept_pages():
         _run(store, method, tokens, config.pattern, report, on_progress)
     report.join(ranks)
     return report

@@ -1,0 +1,40 @@
+"""Freed pages stay with the process where that is asked for, and only there."""
+
+import platform
+import resource
+
+import pytest
+import torch
+
+from wandapp.memory import kept_pages
+
+BLOCK = 8 << 20
+PAGES = BLOCK // resource.getpagesize()
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these switches")
+
+
+def page_faults_of_ten_blocks() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(BLOCK // 4)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_a_freed_block_serves_the_next_tensor_without_page_faults():
+    with kept_pages():
+        torch.ones(BLOCK // 4)
+        assert page_faults_of_ten_blocks() < PAGES // 2
+
+
+def test_pages_go_back_when_the_body_ends():
+    with kept_pages():
+        held = torch.ones(BLOCK)
+        before = resident_bytes()
+        del held
+    assert resident_bytes() < before - 3 * BLOCK
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
