@@ -17,11 +17,18 @@ from wandapp.errors import WandappError
 
 
 class Ended(NamedTuple):
-    """How one rank ended: its exit code (-9 where SIGKILL ended it), what it returned, what it printed."""
+    """How one rank ended: its exit code (-9 where SIGKILL ended it), what it returned, what it printed.
+
+    said   the sentences that a user reads; torch prints frames of its own when the store's rank is gone
+    """
 
     code: int
     result: Any
     printed: str
+
+    @property
+    def said(self) -> list[str]:
+        return [line.removeprefix("wandapp: ") for line in self.printed.splitlines() if line.startswith("wandapp: ")]
 
 
 def free_port() -> int:

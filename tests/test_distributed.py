@@ -2,12 +2,18 @@
 
 import copy
 import importlib.util
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from wandapp import distributed
 from wandapp.distributed import Share, even_counts
+from wandapp.errors import WandappError
+from wandapp.methods.wanda import Wanda
 from wandapp.pipeline import prune
 from wandapp.report import MachineRate
 
@@ -28,9 +34,11 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def quiet_rate(monkeypatch):
-    """No sampling of the machine's rate, which takes longer than these models."""
+def quick(monkeypatch):
+    """No sampling of the machine's rate, which takes longer than these models; a life of ranks in tenths of seconds."""
     monkeypatch.setattr(MachineRate, "sample", lambda self, repeats=2: None)
+    monkeypatch.setattr(distributed, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(distributed, "GRACE_SECONDS", 1.0)
 
 
 def tokens(samples: int, seq_len: int = 24):
@@ -59,7 +67,7 @@ def test_samples_are_dealt_evenly_and_none_is_lost():
     assert [share.leading(3) for share in shares] == [2, 1, 0]
 
 
-@pytest.mark.parametrize("size, samples", [(2, 6), (3, 5), (3, 2)])
+@pytest.mark.parametrize("size, samples", [(2, 5), (3, 2), pytest.param(3, 5, marks=pytest.mark.slow)])
 def test_ranks_choose_the_masks_of_one_process(tiny_model, tmp_path, size, samples):
     model = tiny_model("llama", num_hidden_layers=2)[0]
     alone = pruned(model, SCORES, samples)
@@ -73,3 +81,125 @@ def test_ranks_choose_the_masks_of_one_process(tiny_model, tmp_path, size, sampl
         errors = [block.error for block in report.blocks]
         assert errors == pytest.approx([block.error for block in alone[method][1].blocks], rel=1e-4)
         assert report.ranks == size and report.samples == alone[method][1].samples
+
+
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
+def test_experts_that_one_rank_alone_met_are_pruned_by_its_tokens(tiny_model, tmp_path, family):
+    """Two tokens a rank reach at most four of eight experts."""
+    count = dict(num_local_experts=8) if family == "mixtral" else dict(num_experts=8)
+    model = tiny_model(family, num_hidden_layers=2, **count)[0]
+    methods, options = ["wanda", "sparsegpt", "gblm", "rgs"], dict(sparsity="2:4")
+    cut = dict(calibration=tokens(2, 2))
+
+    def work(ranks=None):
+        results = {}
+        for method in methods:
+            copied = copy.deepcopy(model)
+            report = prune(copied, method=method, ranks=ranks, **options, **cut)
+            results[method] = copied.state_dict(), report
+        return results
+
+    alone = work()
+    ended = harness.run_ranks(2, work, tmp_path)
+    assert [end.code for end in ended] == [0, 0], ended[0].printed + ended[1].printed
+    for method in methods:
+        first, report = ended[0].result[method]
+        assert all(torch.equal(value, first[name]) for name, value in ended[1].result[method][0].items())
+        assert disputed(first, alone[method][0]) <= 1e-3, method
+        assert report.warnings == alone[method][1].warnings and any(
+            "no calibration token" in w for w in report.warnings
+        )
+        assert set(report.blocks[0].layer_errors) == set(alone[method][1].blocks[0].layer_errors)
+
+
+def test_regional_optimisation_moves_all_ranks_alike(tiny_model, tmp_path):
+    """Ranks draw 2 + 1 + 1 of their samples, so the last step is of one rank alone."""
+    model = tiny_model("gpt2", num_hidden_layers=2)[0]
+    options = dict(ro_rounds=2, ro_samples=4, sparsity="2:4")
+    alone = pruned(model, ["wanda", "wanda++"], 5, **options)
+    ended = harness.run_ranks(3, lambda ranks: pruned(model, ["wanda++"], 5, ranks, **options), tmp_path)
+    assert [end.code for end in ended] == [0] * 3, ended[0].printed
+    first, report = ended[0].result["wanda++"]
+    for end in ended[1:]:
+        assert all(torch.equal(value, first[name]) for name, value in end.result["wanda++"][0].items())
+    for block, refined, plain in zip(report.blocks, alone["wanda++"][1].blocks, alone["wanda"][1].blocks, strict=True):
+        assert block.error < block.error_before
+        assert block.error - refined.error < 0.5 * (plain.error - refined.error)
+
+
+def fail_on(rank: int, act):
+    """Work in which one rank acts while the others wait for it."""
+
+    def work(ranks):
+        if ranks.rank == rank:
+            act()
+        ranks.sum_(torch.ones(1))
+
+    return work
+
+
+def refuse():
+    raise WandappError("shard-3: cannot be read; fetch it again")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_rank_ends_all_and_is_said_once(tmp_path, rank):
+    ended = harness.run_ranks(3, fail_on(rank, refuse), tmp_path, timeout=20)
+    assert [end.code for end in ended] == [2, 2, 2]
+    said = [f"{'rank 1: ' if rank else ''}shard-3: cannot be read; fetch it again"]
+    assert [end.said for end in ended] == [said if end is ended[rank] else [] for end in ended]
+
+
+def test_an_error_of_all_ranks_is_said_by_the_first(tiny_model, tmp_path):
+    model = tiny_model("llama", num_hidden_layers=2)[0]
+    model.model.layers[1].mlp.down_proj.weight.data[3, 7] = float("nan")
+    ended = harness.run_ranks(2, lambda ranks: pruned(model, ["wanda"], 4, ranks), tmp_path, timeout=20)
+    assert [end.code for end in ended] == [2, 2]
+    assert ended[0].said[0].startswith("model.layers.1.mlp.down_proj") and len(ended[0].said + ended[1].said) == 1
+
+
+def test_what_only_rank_0_does_fails_on_all(tmp_path):
+    ended = harness.run_ranks(2, lambda ranks: ranks.first(refuse), tmp_path, timeout=20)
+    assert [end.code for end in ended] == [2, 2]
+    assert ended[0].said == ["shard-3: cannot be read; fetch it again"] and ended[1].said == []
+
+
+def test_a_mistake_of_ours_on_one_rank_ends_the_others(tmp_path):
+    ended = harness.run_ranks(2, fail_on(1, lambda: [][1]), tmp_path, timeout=20)
+    assert ended[0].code == 2 and "IndexError" in ended[1].printed
+
+
+@pytest.mark.parametrize("rank", [0, 1])  # rank 0 also holds the store
+def test_a_killed_rank_ends_the_others(tmp_path, rank):
+    ended = harness.run_ranks(3, fail_on(rank, lambda: os.kill(os.getpid(), signal.SIGKILL)), tmp_path, timeout=20)
+    assert [end.code for end in ended] == [-9 if end is ended[rank] else 2 for end in ended]
+    said = [line for end in ended for line in end.said]
+    assert all("lost" in line or "cannot meet" in line for line in said)
+    assert len(said) == 1 or rank == 0  # without the store no rank knows whether another one spoke
+
+
+@pytest.mark.slow
+def test_a_frozen_rank_is_missed(tmp_path):
+    def freeze():
+        subprocess.Popen(["sh", "-c", f"sleep 6; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    ended = harness.run_ranks(2, fail_on(1, freeze), tmp_path, timeout=30)
+    assert [end.code for end in ended] == [2, 2]
+    assert ended[0].said[0].startswith("rank 1 stopped answering")
+
+
+def test_ranks_whose_weights_differ_are_told_apart_by_block(tiny_model, tmp_path):
+    model = tiny_model("llama", num_hidden_layers=2)[0]
+
+    def work(ranks):
+        exact = Wanda.terms
+        if ranks.rank == 1:
+            Wanda.terms = lambda self, view, measured: exact(self, view, measured)._replace(
+                column_scale=measured.column_norm(view) + torch.arange(view.weight.shape[1]) * ("1.mlp.up" in view.name)
+            )
+        pruned(model, ["wanda"], 4, ranks)
+
+    ended = harness.run_ranks(2, work, tmp_path, timeout=20)
+    assert [end.code for end in ended] == [2, 2]
+    assert ended[0].said[0].startswith("model.layers.1: rank 1 computed other weights than rank 0")

@@ -24,7 +24,7 @@ from wandapp.errors import WandappError
 JOIN_TIMEOUT = timedelta(minutes=5)  # between the start of the first rank and of the last
 COLLECTIVE_TIMEOUT = timedelta(days=1)  # ranks may wait for a slow one; those that are gone are missed by their beats
 BEAT_SECONDS = 2.0
-BEATS_MISSED = 20  # a rank that shows no sign of life for so many of its watcher's own beats counts as lost
+BEATS_MISSED = 15  # a rank that shows no sign of life for so many of its watcher's own beats counts as lost
 GRACE_SECONDS = 10.0  # for a rank to end by itself after another one failed
 _FAILURE = "failure"
 
@@ -129,6 +129,8 @@ class _Job(Ranks):
     def __init__(self, device: torch.device):
         try:
             store, self.rank, self.size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+            self._pulse = _Pulse(store.clone(), self.rank, self.size)
+            self._pulse.start()
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             dist.init_process_group(
@@ -141,8 +143,6 @@ class _Job(Ranks):
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise RankError(f"the ranks cannot meet ({reason}); start them with torchrun --nproc-per-node N") from error
-        self._pulse = _Pulse(store.clone(), self.rank, self.size)
-        self._pulse.start()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         with _lost_rank_named():
@@ -180,15 +180,18 @@ class _Job(Ranks):
     def __exit__(self, kind, error, trace) -> None:
         """Waits for all ranks, or tells them why not. Only one rank lets its error through: the others exit with 2."""
         if error is None:
-            self.gather(None)
-        is_told = error is None or self._pulse.tell(error)
+            try:
+                self.gather(None)
+            except WandappError as lost:
+                error = lost
+        is_first_to_fail = error is not None and self._pulse.tell(error)
         self._pulse.stop()
         if error is None:
             dist.destroy_process_group()
-        elif not is_told:
+        elif not is_first_to_fail:
             raise SystemExit(2) from error
-        elif isinstance(error, WandappError) and not self.is_first:
-            raise RankError(f"rank {self.rank}: {error}") from error
+        elif isinstance(error, WandappError):
+            raise error if self.is_first else RankError(f"rank {self.rank}: {error}") from error
 
 
 @contextmanager
@@ -213,12 +216,12 @@ class _Pulse(threading.Thread):
         self._stopped = threading.Event()
 
     def run(self) -> None:
-        seen, missed = -1, 0
-        while not self._stopped.wait(BEAT_SECONDS):
+        seen, missed = 0, 0
+        while True:
             try:
                 self.store.add(f"beat/{self.rank}", 1)
                 beats = self.store.add(f"beat/{self.watched}", 0)
-                seen, missed = beats, missed + 1 if beats == seen else 0
+                seen, missed = beats, missed + 1 if beats == seen and beats else 0
                 if missed == BEATS_MISSED and self._claim(f"rank {self.watched} stopped answering"):
                     print(
                         f"wandapp: rank {self.watched} stopped answering {missed * BEAT_SECONDS:.0f} s ago; finished "
@@ -231,6 +234,8 @@ class _Pulse(threading.Thread):
                 failed = True
             if failed and not self._stopped.wait(GRACE_SECONDS):
                 os._exit(2)  # the main thread may be waiting, for ever, for a rank that is gone
+            if self._stopped.wait(BEAT_SECONDS):
+                return
 
     def tell(self, error: BaseException) -> bool:
         """Whether this rank is the first to fail. All of them often fail alike: then rank 0 is to speak."""
