@@ -156,16 +156,16 @@ class _Job(Ranks):
         return values
 
     def first(self, make: Callable[[], Any]) -> Any:
-        outcome = [None, None]
+        outcome: list[Any] = [None, None]  # result, what went wrong
         if self.is_first:
             try:
                 outcome[0] = make()
             except WandappError as error:
-                outcome[1] = error
+                outcome[1] = str(error)
         with _lost_rank_named():
             dist.broadcast_object_list(outcome)
         if outcome[1] is not None:
-            raise outcome[1]
+            raise WandappError(outcome[1])
         return outcome[0]
 
     def require_equal(self, checksum: Callable[[], str], what: str) -> None:
