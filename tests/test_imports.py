@@ -38,6 +38,8 @@ FLOORS = {
     "wandapp.card": 4,
     "wandapp.verify": 5,
     "wandapp.recover": 5,
+    "wandapp.tasks": 5,
+    "wandapp.evaluation": 5,
     "wandapp.report": 5,
     "wandapp.evaluate": 5,
     "wandapp.pipeline": 5,

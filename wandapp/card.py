@@ -1,12 +1,18 @@
 """The model card of a checkpoint that wandapp wrote: metadata the hub understands, and what a reader should know."""
 
+import json
 import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from wandapp.config import PruneConfig
+from wandapp.models import is_packed
 
+PACKED_NOTE = (
+    "\n> This folder holds the packed form, which `wandapp.load_sparse` and `wandapp generate` read; "
+    "`wandapp unpack` restores the dense one.\n"
+)
 _HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
@@ -32,6 +38,22 @@ def model_card(recipe: PruneConfig, report: dict, *, recovered: dict | None = No
     sections = [f"---\n{data}\n---\n# {name}", _what(recipe, report), _facts(recipe, report), _training(recovered)]
     sections += [_perplexities(measured, (recovered or {}).get("before", {})), _LOADING]
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def refresh_card(folder: Path) -> None:
+    """Writes FOLDER/README.md anew from what lies in FOLDER/wandapp: recipe, reports, figures of `wandapp eval --save`."""
+    home = folder / "wandapp"
+    recipe = PruneConfig.from_yaml(home / "recipe.yaml")
+    figures = [json.loads(line) for line in _text(home / "eval.jsonl").splitlines()]
+    last = {result["text_sha256"] + str(result["seq_len"]): result for row in figures for result in row["perplexities"]}
+    recovered = json.loads(_text(home / "recover.json") or "null")
+    report = json.loads(_text(home / "report.json") or "{}")
+    card = model_card(recipe, report, recovered=recovered, measured=list(last.values()))
+    (folder / "README.md").write_text(card + (PACKED_NOTE if is_packed(folder) else ""), encoding="utf-8")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def base_model(reference: str | None) -> str | None:

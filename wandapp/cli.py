@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wandapp import __version__, cli_bench, cli_habits, cli_packed, cli_recover
+from wandapp import __version__, cli_bench, cli_eval, cli_habits, cli_packed, cli_recover
 from wandapp.cli_options import Device, Dtype, Json, ModelArgument, with_flags_of
 from wandapp.config import PruneConfig
 from wandapp.console import Output, speaks_for_all
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_packed.commands)
+app.add_typer(cli_eval.commands)
 app.add_typer(cli_recover.commands)
 app.add_typer(cli_bench.bench, name="bench")
 
@@ -114,61 +115,13 @@ def summary(recipe: PruneConfig, report: Any) -> dict[str, str]:
 
 def companion_files(recipe: PruneConfig, report: Any) -> dict[str, str]:
     """Recipe, report and model card that lie beside the weights."""
+    from wandapp.card import model_card
+
     return {
         "wandapp/recipe.yaml": recipe.resolved().dump_yaml(),
         "wandapp/report.json": json.dumps(report.to_dict(), indent=1) + "\n",
-        "README.md": _model_card(recipe, report),
+        "README.md": model_card(recipe, report.to_dict()),
     }
-
-
-def _model_card(recipe: PruneConfig, report: Any) -> str:
-    return f"""---
-library_name: transformers
-tags: [pruned, sparse]
----
-# {Path(recipe.model).name}, pruned to {recipe.sparsity}
-
-Pruned in one shot by wandapp {__version__} with `{recipe.method}`: {report.sparsity:.2%} of the weights in
-{report.linears} linear maps are zero. They are stored dense, so any program that loads the base model loads this one.
-
-- Base model: `{recipe.model}`
-- Calibration: {report.calibration}
-- Exact options: `wandapp/recipe.yaml`; costs and warnings: `wandapp/report.json`
-- Check the pattern: `wandapp verify . --sparsity {recipe.sparsity}`
-"""
-
-
-@app.command("eval")
-def eval_command(
-    model: ModelArgument,
-    text: Annotated[str, typer.Option(help="wikitext2, c4, pydoc, or a file")] = "wikitext2",
-    seq_len: Annotated[int, typer.Option(min=2, help="tokens per window")] = 2048,
-    windows: Annotated[int | None, typer.Option(min=1, help="windows to use; all when left out")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="windows per forward")] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    json_only: Json = False,
-) -> None:
-    """Measure perplexity, and state everything the figure depends on."""
-    from wandapp.evaluate import perplexity
-    from wandapp.inference import load_either
-
-    output = Output(json_only)
-    output.note(f"loading {model}")
-    loaded = load_either(model, dtype=dtype, device=device)
-    with output.progress("window") as update:
-        result = perplexity(
-            loaded.model,
-            loaded.tokenizer,
-            text=text,
-            seq_len=seq_len,
-            windows=windows,
-            batch_size=batch_size,
-            on_progress=update,
-        )
-    figures = result.to_dict()
-    output.rows({name: f"{value:.4f}" if name == "perplexity" else str(value) for name, value in figures.items()})
-    output.finish({"model": model, **figures})
 
 
 @app.command("verify")

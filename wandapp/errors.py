@@ -36,8 +36,12 @@ class TooManyNonZerosError(WandappError):
         self.row, self.column = row, column
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Text that proposes the valid name closest to `name`, or lists all of them."""
+def nearest(name: str, valid: Iterable[str], limit: int = 100) -> str:
+    """Text that proposes the valid name closest to `name`, or lists the first `limit` of them."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
+    return (
+        f"did you mean {close[0]!r}?"
+        if close
+        else f"valid: {', '.join(valid[:limit])}{', ...' if len(valid) > limit else ''}"
+    )

@@ -47,6 +47,7 @@ class PerplexityResult:
     text: str
     split: str
     text_sha256: str  # of the text in UTF-8, or of given ids as little-endian int64
+    tokens_sha256: str  # of the ids that were used: what the tokenizer made of the text
     tokenizer: str
     dtype: str
     seconds: float
@@ -109,6 +110,7 @@ def perplexity(
         text=source.text,
         split=source.split,
         text_sha256=source.sha256,
+        tokens_sha256=ids_sha256(ids),
         tokenizer="none" if tokenizer is None else tokenizer.name_or_path or type(tokenizer).__name__,
         dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
         seconds=time.perf_counter() - started,

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wandapp.blocks import LinearView, find_blocks, find_linears
+from wandapp.card import PACKED_NOTE
 from wandapp.config import PruneConfig
 from wandapp.conversion import Home, tensor_homes
 from wandapp.errors import WandappError
@@ -23,10 +24,6 @@ from wandapp.packed import FORMAT, VERSION, Manifest, PackedCheckpoint, PackedLi
 from wandapp.pattern import SparsityPattern
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-_CARD_NOTE = (
-    "\n> This folder holds the packed form, which `wandapp.load_sparse` and `wandapp generate` read; "
-    "`wandapp unpack` restores the dense one.\n"
-)
 
 
 @dataclass
@@ -314,7 +311,7 @@ def _copy_companions(source: Path, target: Path) -> None:
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")
         packed = (source / PACKED_MANIFEST).is_file()
-        card.write_text(text.removesuffix(_CARD_NOTE) if packed else text + _CARD_NOTE, encoding="utf-8")
+        card.write_text(text.removesuffix(PACKED_NOTE) if packed else text + PACKED_NOTE, encoding="utf-8")
 
 
 def unpack_checkpoint(

@@ -1,0 +1,213 @@
+"""Zero-shot and few-shot accuracy through EleutherAI's lm-eval (the extra wandapp[eval]), on a loaded model, dense or packed.
+
+The papers' task lists are presets. A path to a task's YAML file, or to a folder of them, works without a network where
+its data are local.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from datasets.exceptions import DatasetsError
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from torch import nn
+
+from wandapp.corpus import first_line
+from wandapp.errors import WandappError, nearest
+
+SEED = 1234  # of few-shot examples, as in lm-eval
+_SHOWN = ("acc", "acc_norm", "exact_match", "f1", "perplexity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Names of lm-eval's tasks; num_fewshot None: as each task says, else 0."""
+
+    tasks: tuple[str, ...]
+    num_fewshot: int | None = None
+
+
+PRESETS = {
+    # arXiv:2306.11695, zero-shot
+    "wanda7": Preset(("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"), 0),
+    # arXiv:2503.04992, zero-shot
+    "wandapp9": Preset(
+        ("wic", "mrpc", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "boolq", "rte", "mmlu"), 0
+    ),
+    "mmlu5": Preset(("mmlu",), 5),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResult:
+    """One task. metrics: accuracy and the like, each beside its standard error NAME_stderr where lm-eval gives one."""
+
+    task: str
+    metrics: dict[str, float]
+    num_fewshot: int | None
+    samples: int | None
+    version: str | None
+    task_sha256: str | None  # of the prompts and targets
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResults:
+    """All tasks, their mean accuracy (`acc`, as the papers average), and what the figures depend on."""
+
+    tasks: list[TaskResult]
+    mean_accuracy: float | None
+    limit: float | None
+    tokenizer: str
+    dtype: str
+    seed: int = SEED
+
+    def to_dict(self) -> dict:
+        """The fields, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    names: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    limit: float | None = None,
+    batch_size: int = 1,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> TaskResults:
+    """Results of `model` on lm-eval's tasks.
+
+    names        presets, lm-eval's tasks or groups, .yaml files, folders of them
+    num_fewshot  examples in each prompt; None: the preset's, or as each task says
+    limit        documents per task (1 and above), or their share; None: all
+    on_progress  called with (requests done, requests) of the tasks in work
+    raises       WandappError where a task does not exist, or its data cannot be had
+    """
+    if tokenizer is None:
+        raise WandappError("tasks need a tokenizer, and this checkpoint has none; copy the base model's beside it")
+    names, num_fewshot, local = _expand(names, num_fewshot)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with nullcontext() if on_progress is None else redirect_stderr(StringIO()):  # its own bars
+        loaded = _load(names, local)
+    for task in loaded["tasks"].values():
+        if num_fewshot is not None or task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(seed=SEED)
+    random.seed(SEED), numpy.random.seed(SEED), torch.manual_seed(SEED)
+    lm = _WatchedModel(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    lm.on_progress = on_progress
+    with nullcontext() if on_progress is None else redirect_stderr(StringIO()):
+        raw = evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
+    results = [_result(name, raw) for name in raw["results"]]
+    wanted = [result for result in results if result.task in names and "acc" in result.metrics]
+    return TaskResults(
+        results,
+        sum(result.metrics["acc"] for result in wanted) / len(wanted) if wanted else None,
+        limit,
+        tokenizer.name_or_path or type(tokenizer).__name__,
+        str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+    )
+
+
+class _WatchedModel(HFLM):
+    """lm-eval's wrapper of a transformers model, which reports its progress instead of drawing a bar."""
+
+    on_progress: Callable[[int, int], None] | None = None
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+        self._done, self._requests = 0, len(requests)
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def _model_call(self, inps, *args, **kwargs):
+        logits = super()._model_call(inps, *args, **kwargs)
+        self._done = min(self._done + len(inps), self._requests)
+        if self.on_progress:
+            self.on_progress(self._done, self._requests)
+        return logits
+
+
+def _expand(names: Sequence[str], num_fewshot: int | None) -> tuple[list[str], int | None, dict[str, str]]:
+    """(task names, examples per prompt, folder of each local task) that `names` stand for."""
+    expanded, local = [], {}
+    for name in names:
+        path = Path(name)
+        if name in PRESETS:
+            expanded += PRESETS[name].tasks
+            num_fewshot = PRESETS[name].num_fewshot if num_fewshot is None else num_fewshot
+        elif path.is_dir() or path.suffix in (".yaml", ".yml"):
+            found = _local_tasks(path)
+            expanded += found
+            local |= dict.fromkeys(found, str(path if path.is_dir() else path.parent))
+        else:
+            expanded.append(name)
+    return list(dict.fromkeys(expanded)), num_fewshot, local
+
+
+def _local_tasks(path: Path) -> list[str]:
+    """Names of the tasks in a file or a folder."""
+    if not path.exists():
+        raise WandappError(f"{path}: no such task file; check the path")
+    folder = path if path.is_dir() else path.parent
+    index = TaskManager(include_path=str(folder), include_defaults=False).task_index
+    found = [name for name, entry in index.items() if path.is_dir() or Path(entry.yaml_path).name == path.name]
+    if not found:
+        raise WandappError(f"{path}: holds no task of lm-eval; a task's YAML has the key 'task' with its name")
+    return found
+
+
+def _load(names: list[str], local: dict[str, str]) -> dict:
+    """lm-eval's tasks with their data. Its own thousands of task files are read only where one of them is wanted."""
+    folders = list(dict.fromkeys(local.values()))
+    manager = TaskManager(include_path=folders or None, include_defaults=any(name not in local for name in names))
+    for name in names:
+        if name not in manager.task_index:
+            raise WandappError(
+                f"task {name!r} is neither a preset ({', '.join(PRESETS)}), a YAML file, nor one of lm-eval's; "
+                f"{nearest(name, manager.task_index, limit=8)}"
+            )
+    try:
+        return manager.load(names)
+    except (OSError, ValueError, DatasetsError) as error:  # no network, no such data set or split
+        raise WandappError(
+            f"tasks {', '.join(names)}: their data cannot be had ({first_line(error)}); connect once so that they are "
+            "cached, or give a task YAML whose data are local"
+        ) from error
+
+
+def _result(name: str, raw: dict) -> TaskResult:
+    metrics = {
+        key.partition(",")[0]: float(value)
+        for key, value in raw["results"][name].items()
+        if isinstance(value, int | float) and "," in key
+    }
+    version = raw.get("versions", {}).get(name)
+    return TaskResult(
+        name,
+        metrics,
+        raw.get("n-shot", {}).get(name),
+        raw.get("n-samples", {}).get(name, {}).get("effective"),
+        None if version is None else str(version),
+        _hash_of(raw.get("samples", {}).get(name)),
+    )
+
+
+def _hash_of(logged: list[dict] | None) -> str | None:
+    """One hash of all documents', prompts' and targets' hashes, in order."""
+    parts = [str(row.get(key)) for row in logged or () for key in ("doc_hash", "prompt_hash", "target_hash")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None
+
+
+def shown_metrics(metrics: dict[str, float]) -> dict[str, str]:
+    """The metrics people compare, as text."""
+    return {name: f"{metrics[name]:.4f}" for name in _SHOWN if name in metrics}
