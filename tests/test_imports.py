@@ -38,6 +38,7 @@ FLOORS = {
     "wandapp.card": 4,
     "wandapp.verify": 5,
     "wandapp.recover": 5,
+    "wandapp.inspection": 5,
     "wandapp.tasks": 5,
     "wandapp.evaluation": 5,
     "wandapp.report": 5,
