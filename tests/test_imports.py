@@ -26,6 +26,7 @@ FLOORS = {
     "wandapp.blocks": 3,
     "wandapp.distributed": 3,
     "wandapp.statistics": 3,
+    "wandapp.histograms": 3,
     "wandapp.methods": 4,
     "wandapp.store": 4,
     "wandapp.packed": 4,

@@ -14,6 +14,7 @@ from wandapp.blocks import DecoderBlock, LinearView
 from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
 from wandapp.errors import NonFiniteScoreError, WandappError
+from wandapp.histograms import BlockHistograms
 from wandapp.kernels.select import prune_nm_, prune_rows_
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements, measure
@@ -34,6 +35,7 @@ class BlockRecord:
     error           ||f(X) - f_pruned(X)|| / ||f(X)|| on the probe samples, after everything
     error_before    the same before a refiner, where there is one
     layer_errors    ||X W^T - X W'^T|| / ||X W^T|| on the first sample's leading tokens, by linear map
+    histograms      counts of weights and scores before and after, from a few rows of each map (wandapp.histograms)
     """
 
     name: str
@@ -41,6 +43,7 @@ class BlockRecord:
     error_before: float | None = None
     layer_errors: dict[str, float] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
+    histograms: dict[str, list[int]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     zeros: int = 0
     weights: int = 0
@@ -78,10 +81,12 @@ class Method:
         """Measures the dense block on hidden [samples, seq_len, hidden_size] and prunes it in place."""
         record = BlockRecord(block.name)
         measured = measure(block, hidden, self.needs, self.ranks, outputs=1, loss=self.config.regional_loss)
-        dense = probe_products(block, measured)
+        dense, histograms = probe_products(block, measured), BlockHistograms(block)
         self.apply(block, measured, pattern, record)
+        histograms.score(lambda view: self.checked_terms(view, measured, BlockRecord(block.name)))
         record.layer_errors = layer_errors(block, measured, dense, self.ranks)
         record.error = block_error(block, hidden, measured.outputs, self.ranks)
+        record.histograms = histograms.close()
         return record
 
     def checked_terms(self, view: LinearView, measured: Measurements, record: BlockRecord) -> ScoreTerms:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from wandapp.blocks import DecoderBlock, LinearView
 from wandapp.config import PruneConfig
 from wandapp.distributed import Share, even_counts
+from wandapp.histograms import BlockHistograms
 from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.kernels.rmsprop import rmsprop_
 from wandapp.methods.base import BlockRecord, Method, block_error, layer_errors, probe_products
@@ -47,9 +48,10 @@ class RegionalOptimisation(Method):
         record = BlockRecord(block.name)
         measured = measure(block, hidden, self.needs, self.ranks, loss=self.config.regional_loss)
         probe = measured.outputs[: measured.share.leading(ERROR_SAMPLES)]
-        products = probe_products(block, measured)
+        products, histograms = probe_products(block, measured), BlockHistograms(block)
         dense = _snapshot(block)
         self.method.apply(block, measured, pattern, record)
+        histograms.score(lambda view: self.method.checked_terms(view, measured, BlockRecord(block.name)))
         record.error = block_error(block, hidden, probe, self.ranks)
         if self.config.ro_rounds:
             pruned = _snapshot(block)
@@ -58,6 +60,7 @@ class RegionalOptimisation(Method):
             _Optimisation(self.method, block, hidden, measured).run(pattern)
             self._keep_better(block, hidden, probe, pruned, record)
         record.layer_errors = layer_errors(block, measured, products, self.ranks)
+        record.histograms = histograms.close()
         return record
 
     def _keep_better(
