@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wandapp.blocks import DecoderBlock, LinearView
 
-ROWS = 32  # of each linear map
+VALUES = 16384  # of each linear map, in whole rows: 28 rows of 576 inputs, 4 of 4096
 WEIGHT_RANGE = (-4.0, 4.0)  # in units of the sampled rows' root mean square; what lies outside counts in the outer bin
 SCORE_RANGE = (-3.0, 1.5)  # log10 of a score over the sampled rows' mean score
 BINS = 40
@@ -55,9 +55,10 @@ class BlockHistograms:
 
 
 def _rows(matrix: Tensor) -> Tensor:
-    """[at most ROWS, columns] fp32 on the CPU, a copy of evenly spaced rows."""
-    step = max(1, matrix.shape[0] // ROWS)
-    return matrix[::step][:ROWS].to("cpu", torch.float32, copy=True)
+    """[rows, columns] fp32 on the CPU, a copy of evenly spaced rows of some VALUES values."""
+    rows = max(1, VALUES // matrix.shape[1])
+    step = max(1, matrix.shape[0] // rows)
+    return matrix[::step][:rows].to("cpu", torch.float32, copy=True)
 
 
 def _count(values: Tensor, limits: tuple[float, float]) -> Tensor:
