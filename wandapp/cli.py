@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wandapp import __version__, cli_bench, cli_eval, cli_habits, cli_inspect, cli_packed, cli_recover
+from wandapp import __version__, cli_bench, cli_eval, cli_habits, cli_inspect, cli_packed, cli_recover, cli_report
 from wandapp.cli_options import Device, Dtype, Json, ModelArgument, with_flags_of
 from wandapp.config import PruneConfig
 from wandapp.console import Output, speaks_for_all
@@ -25,6 +25,7 @@ app.add_typer(cli_packed.commands)
 app.add_typer(cli_eval.commands)
 app.add_typer(cli_recover.commands)
 app.add_typer(cli_inspect.commands)
+app.add_typer(cli_report.commands)
 app.add_typer(cli_bench.bench, name="bench")
 
 

@@ -38,6 +38,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "pack": ("wandapp pack pruned packed", "wandapp pack pruned packed --sparsity 2:4 --overwrite"),
     "unpack": ("wandapp unpack packed dense-again",),
     "bench inference": ("wandapp bench inference packed", "wandapp bench inference packed --batch 1 --plot speed.svg"),
+    "report": (
+        "wandapp report pruned --out report.html",
+        "wandapp report wanda wanda++ packed eval.json bench.json --out report.html --plots plots",
+    ),
     "bench kernels": ("wandapp bench kernels llama-7b", "wandapp bench kernels --shape 4096x4096 --only selection"),
 }
 
