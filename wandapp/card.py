@@ -34,6 +34,7 @@ def model_card(recipe: PruneConfig, report: dict, *, recovered: dict | None = No
         eval_results=[_eval_result(result) for result in measured] or None,
         sparsity=recipe.sparsity,
         pruning_method=recipe.method,
+        calibration=report.get("calibration"),
     )
     sections = [f"---\n{data}\n---\n# {name}", _what(recipe, report), _facts(recipe, report), _training(recovered)]
     sections += [_perplexities(measured, (recovered or {}).get("before", {})), _LOADING]

@@ -4,13 +4,24 @@ Exit codes: 0 done, 1 verification failed, 2 bad input (one sentence on stderr),
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from wandapp import __version__, cli_bench, cli_eval, cli_habits, cli_inspect, cli_packed, cli_recover, cli_report
-from wandapp.cli_options import Device, Dtype, Json, ModelArgument, with_flags_of
+from wandapp import (
+    __version__,
+    cli_bench,
+    cli_eval,
+    cli_habits,
+    cli_hub,
+    cli_inspect,
+    cli_packed,
+    cli_recover,
+    cli_report,
+)
+from wandapp.cli_options import Device, Dtype, Json, ModelArgument, Private, PushToHub, Track, with_flags_of
 from wandapp.config import PruneConfig
 from wandapp.console import Output, speaks_for_all
 from wandapp.errors import WandappError
@@ -21,11 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(cli_packed.commands)
-app.add_typer(cli_eval.commands)
-app.add_typer(cli_recover.commands)
-app.add_typer(cli_inspect.commands)
-app.add_typer(cli_report.commands)
+for topic in (cli_packed, cli_eval, cli_recover, cli_inspect, cli_report, cli_hub):
+    app.add_typer(topic.commands)
 app.add_typer(cli_bench.bench, name="bench")
 
 
@@ -47,6 +55,9 @@ def prune_command(
     model: Annotated[str | None, typer.Argument(help="hub id, local folder, .gguf file, or smollm2")] = None,
     config: Annotated[Path | None, typer.Option(help="recipe.yaml with any of these options; flags win")] = None,
     pack: Annotated[bool, typer.Option("--pack", help="also write the packed form, to OUT-packed")] = False,
+    track: Track = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     json_only: Json = False,
     options: dict[str, Any] | None = None,
 ) -> None:
@@ -56,14 +67,16 @@ def prune_command(
         options["model"] = model
     recipe = PruneConfig.from_yaml(config, **options) if config else PruneConfig(**options)
     packed = cli_packed.check_packed_output(recipe) if pack else None
-    report = run_recipe(recipe, output)
+    cli_hub.check_push(push_to_hub)
+    report = run_recipe(recipe, output, track or ())
     if not speaks_for_all():
         return
     sizes = {"packed": cli_packed.pack_and_show(recipe.out, packed, output, overwrite=recipe.overwrite)} if pack else {}
-    output.finish({"model": recipe.model, "out": recipe.out, **report.to_dict(), **sizes})
+    pushed = cli_hub.push_and_show(recipe.out, push_to_hub, private, output)
+    output.finish({"model": recipe.model, "out": recipe.out, **report.to_dict(), **sizes, **pushed})
 
 
-def run_recipe(recipe: PruneConfig, output: Output) -> Any:
+def run_recipe(recipe: PruneConfig, output: Output, trackers: Sequence[str] = ()) -> Any:
     """Load, prune, save; the report. Whatever can be refused is refused before the model is loaded."""
     from wandapp import methods
 
@@ -73,30 +86,40 @@ def run_recipe(recipe: PruneConfig, output: Output) -> Any:
     methods.resolve(recipe.method)
     from wandapp.distributed import join
     from wandapp.models import check_output, load_model, resolve_device, save_pruned
+    from wandapp.track import check_trackers, tracking
+
+    check_trackers(trackers)
 
     with join(resolve_device(recipe.device)) as ranks:
         ranks.first(lambda: check_output(recipe.out, recipe.overwrite))
         output.note(f"loading {recipe.model}")
         model, tokenizer = load_model(recipe.model, dtype=recipe.dtype)
-        report = prune_with_progress(model, tokenizer, recipe, output, ranks)
+        run = {"model": recipe.model, "method": recipe.method, "sparsity": recipe.sparsity, "seed": recipe.seed}
+        with tracking(trackers if ranks.is_first else (), recipe.out, run) as log:
+            report = prune_with_progress(model, tokenizer, recipe, output, ranks, log)
         if ranks.is_first:
             save_pruned(model, tokenizer, recipe.out, files=companion_files(recipe, report), overwrite=recipe.overwrite)
     output.rows(summary(recipe, report))
     return report
 
 
-def prune_with_progress(model: Any, tokenizer: Any, recipe: PruneConfig, output: Output, ranks: Any = None) -> Any:
-    """Prune in place, showing the block in work and the time left; warnings are printed at the end."""
+def prune_with_progress(
+    model: Any, tokenizer: Any, recipe: PruneConfig, output: Output, ranks: Any = None, log: Any = None
+) -> Any:
+    """Prune in place, showing the block in work and the time left; warnings are printed at the end.
+
+    log  told (block, its figures), see wandapp.track
+    """
     from wandapp.pipeline import prune
 
     with output.progress(f"{recipe.method} {recipe.sparsity}: block") as update:
-        report = prune(
-            model,
-            tokenizer,
-            config=recipe,
-            on_progress=lambda p: update(p.block, p.blocks, f"{p.peak_gib:.1f} GiB  {p.message}", p.eta_seconds),
-            ranks=ranks,
-        )
+
+        def show(p: Any) -> None:
+            update(p.block, p.blocks, f"{p.peak_gib:.1f} GiB  {p.message}", p.eta_seconds)
+            if log:
+                log(p.block, p.figures)
+
+        report = prune(model, tokenizer, config=recipe, on_progress=show, ranks=ranks)
     for warning in report.warnings:
         output.warn(warning)
     return report
@@ -118,9 +141,12 @@ def summary(recipe: PruneConfig, report: Any) -> dict[str, str]:
 def companion_files(recipe: PruneConfig, report: Any) -> dict[str, str]:
     """Recipe, report and model card that lie beside the weights."""
     from wandapp.card import model_card
+    from wandapp.report import block_figures, json_ready
 
+    blocks = [{"step": step, **block_figures(record)} for step, record in enumerate(report.blocks, start=1)]
     return {
         "wandapp/recipe.yaml": recipe.resolved().dump_yaml(),
+        "wandapp/blocks.jsonl": "".join(json.dumps(json_ready(block)) + "\n" for block in blocks),
         "wandapp/report.json": json.dumps(report.to_dict(), indent=1) + "\n",
         "README.md": model_card(recipe, report.to_dict()),
     }

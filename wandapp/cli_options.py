@@ -13,6 +13,11 @@ Json = Annotated[bool, typer.Option("--json", help="last line of stdout is one J
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a folder that wandapp wrote")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+PushToHub = Annotated[str | None, typer.Option(help="upload the result to this hub repository, OWNER/NAME")]
+Private = Annotated[bool, typer.Option("--private", help="make that repository private")]
+Track = Annotated[
+    list[str] | None, typer.Option(help="tensorboard, wandb or none; figures go to OUT.track; may be repeated")
+]
 ModelArgument = Annotated[str, typer.Argument(help="hub id, local folder, .gguf file, or smollm2")]
 
 

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from wandapp.cli_options import Json, Overwrite
+from wandapp import cli_hub
+from wandapp.cli_options import Json, Overwrite, Private, PushToHub
 from wandapp.console import Output
 
 commands = typer.Typer()
@@ -18,11 +19,15 @@ def pack_command(
     sparsity: Annotated[str | None, typer.Option(help="pattern it holds; left out: the folder's own recipe")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="regular expression of linear maps kept dense")] = None,
     overwrite: Overwrite = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     json_only: Json = False,
 ) -> None:
     """Store a pruned checkpoint as kept weights and bitmasks, about half the size."""
     output = Output(json_only)
-    output.finish(pack_and_show(folder, out, output, sparsity, tuple(skip) if skip else None, overwrite))
+    cli_hub.check_push(push_to_hub)
+    sizes = pack_and_show(folder, out, output, sparsity, tuple(skip) if skip else None, overwrite)
+    output.finish({**sizes, **cli_hub.push_and_show(out, push_to_hub, private, output)})
 
 
 def pack_and_show(

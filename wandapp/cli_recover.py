@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from wandapp.cli_options import Json, Overwrite, with_flags_of
+from wandapp import cli_hub
+from wandapp.cli_options import Json, Overwrite, Private, PushToHub, Track, with_flags_of
 from wandapp.console import Output, duration, fail
 from wandapp.errors import WandappError
 from wandapp.recover_config import RecoverConfig
@@ -21,6 +22,9 @@ def recover_command(
     config: Annotated[Path | None, typer.Option(help="recover.yaml with any of these options; flags win")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue the run that was killed, bit for bit")] = False,
     overwrite: Overwrite = False,
+    track: Track = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     json_only: Json = False,
     options: dict[str, Any] | None = None,
 ) -> None:
@@ -30,26 +34,28 @@ def recover_command(
     """
     output = Output(json_only)
     settings = RecoverConfig.from_yaml(config, **options) if config else RecoverConfig(**options)
+    cli_hub.check_push(push_to_hub)
     try:
         from wandapp.recover import recover
+        from wandapp.track import tracking
 
-        with output.progress("recover: step") as update:
+        run = {"checkpoint": str(folder), **settings.resolved().model_dump(mode="json")}
+        with tracking(track or (), out, run) as log, output.progress("recover: step") as update:
+
+            def show(step: Any, steps: int) -> None:
+                update(step.step, steps, _detail(step), step.seconds * (steps - step.step))
+                log(step.step, {"loss": step.loss, "lr": step.lr, "gradient_norm": step.gradient_norm})
+
             report = recover(
-                folder,
-                out,
-                config=settings,
-                resume=resume,
-                overwrite=overwrite,
-                on_step=lambda step, steps: update(step.step, steps, _detail(step), step.seconds * (steps - step.step)),
-                on_note=output.note,
+                folder, out, config=settings, resume=resume, overwrite=overwrite, on_step=show, on_note=output.note
             )
     except ImportError as error:
         raise WandappError(f"recover needs {error.name}; install it with: pip install 'wandapp[recover]'") from None
     except KeyboardInterrupt:
-        fail(InterruptedError("interrupted; continue from the last saved state with the same command and --resume"))
+        fail("interrupted; the same command with --resume continues from the last saved state")
         raise typer.Exit(3) from None
     output.rows(_summary(report, out))
-    output.finish({"out": str(out), **report.to_dict()})
+    output.finish({"out": str(out), **report.to_dict(), **cli_hub.push_and_show(out, push_to_hub, private, output)})
 
 
 def _detail(step: Any) -> str:

@@ -8,12 +8,9 @@ import io
 import json
 import os
 import shutil
-import socket
 import struct
 import sys
 import tempfile
-import urllib.parse
-import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -28,11 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from wandapp.errors import WandappError
+from wandapp.hub import download
 
 MAX_SHARD_SIZE = "5GB"  # small enough for every file system and for a download that resumes
 MAX_BUFFER_BYTES = 64 << 20  # of what a model computes from its config; rotary frequencies take a few kilobytes
 PACKED_MANIFEST = "wandapp/packed.json"  # in the folder of a packed checkpoint
-_HUB = "https://huggingface.co"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 # What the readers of a damaged file raise; anything else is a mistake of ours and keeps its traceback.
@@ -68,7 +65,6 @@ def load_model(reference: str | Path, *, dtype: str | torch.dtype = "auto", devi
     else:
         dtype = resolve_dtype(dtype)
     options = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
-    local_only = _hub_has_no_address()
     target = resolve_device(device)
     with _quiet_transformers():
         try:
@@ -76,14 +72,16 @@ def load_model(reference: str | Path, *, dtype: str | torch.dtype = "auto", devi
                 place,
                 dtype=dtype,
                 trust_remote_code=False,
-                local_files_only=local_only,
+                local_files_only=True,
                 output_loading_info=True,
                 **options,
             )
         except _LOAD_ERRORS as error:
             raise WandappError(_why_not_loaded(str(reference), error)) from error
         _require_complete(str(reference), loading)
-        tokenizer = _load_tokenizer(str(reference), place, gguf_file, local_only)
+        tokenizer = _load_tokenizer(str(reference), place, gguf_file)
+    if tokenizer is not None and not Path(reference).exists():
+        tokenizer.name_or_path = str(reference)  # instead of a folder in a cache
     _forget_quantisation(model)
     return LoadedModel(model.eval().to(target), tokenizer, str(reference))
 
@@ -123,7 +121,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _locate(reference: str) -> tuple[str, str | None]:
-    """(folder or hub id, name of the GGUF file in it or None), checked as far as a local file can be."""
+    """(folder, name of the GGUF file in it or None); a hub model is fetched into the hub's cache."""
     path = Path(reference).expanduser()
     if reference == "smollm2":
         path = _packaged_smollm2()
@@ -137,7 +135,9 @@ def _locate(reference: str) -> tuple[str, str | None]:
         raise WandappError(f"{reference}: not a model; give a folder, a .gguf file, a hub id or smollm2")
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1 and "/" in reference:
         raise WandappError(f"{reference}: no such folder; give a local folder, a .gguf file, a hub id or smollm2")
-    return reference, None
+    folder = download(reference)
+    checkpoint_files(folder)
+    return str(folder), None
 
 
 def _packaged_smollm2() -> Path:
@@ -244,24 +244,13 @@ def _require_complete(reference: str, loading: dict[str, Any]) -> None:
         )
 
 
-def _hub_has_no_address() -> bool:
-    """Whether there is no network to the hub: its client would retry for half a minute before it looks at its cache."""
-    if urllib.request.getproxies():
-        return False
-    try:
-        socket.getaddrinfo(urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", _HUB)).hostname, 443)
-    except OSError:
-        return True
-    return False
-
-
-def _load_tokenizer(reference: str, place: str, gguf_file: str | None, local_only: bool) -> Any | None:
+def _load_tokenizer(reference: str, place: str, gguf_file: str | None) -> Any | None:
     folder = Path(place)
     if folder.is_dir() and not gguf_file and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=local_only, **options)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True, **options)
     except _LOAD_ERRORS as error:
         reason = _shorten(" ".join(str(error).split()))
         raise WandappError(f"{reference}: the tokenizer cannot be loaded ({reason}); check its files") from error
@@ -356,7 +345,7 @@ def _compute_buffers(model: nn.Module, folder: str | Path) -> None:
 def load_tokenizer(folder: str | Path) -> Any | None:
     """The tokenizer whose files lie in `folder`, or None where there are none."""
     with _quiet_transformers():
-        return _load_tokenizer(str(folder), str(folder), None, True)
+        return _load_tokenizer(str(folder), str(folder), None)
 
 
 def check_output(out: str | Path, overwrite: bool = False) -> None:

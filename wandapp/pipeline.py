@@ -21,7 +21,7 @@ from wandapp.memory import kept_pages
 from wandapp.methods.base import BlockRecord
 from wandapp.models import resolve_device
 from wandapp.pattern import SparsityPattern
-from wandapp.report import MachineRate, Progress, PruneReport, peak_gib
+from wandapp.report import MachineRate, Progress, PruneReport, block_figures, peak_gib
 from wandapp.store import ModelStore
 from wandapp.verify import offence
 
@@ -173,6 +173,7 @@ def _progress(report: PruneReport, record: BlockRecord, done: int, blocks: int) 
         report.seconds / done * (blocks - done),
         report.peak_gib,
         f"block error {before}{record.error:.4f}",
+        {**block_figures(record), "seconds": report.seconds, "peak_gib": report.peak_gib},
     )
 
 

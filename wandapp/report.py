@@ -58,7 +58,7 @@ def peak_gib(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Progress:
-    """One block done. seconds: since the start; message: what the block's record says in short."""
+    """One block done. seconds: since the start; message: what its record says in short; figures: the same as numbers."""
 
     block: int
     blocks: int
@@ -67,6 +67,15 @@ class Progress:
     eta_seconds: float
     peak_gib: float
     message: str
+    figures: dict[str, float]
+
+
+def block_figures(record: BlockRecord) -> dict[str, float]:
+    """What trackers and wandapp/blocks.jsonl get of one block."""
+    errors = list(record.layer_errors.values())
+    before = {} if record.error_before is None else {"error_before": record.error_before}
+    layers = {"mean_layer_error": sum(errors) / len(errors)} if errors else {}
+    return {"error": record.error, **before, **layers, "sparsity": record.zeros / max(record.weights, 1)}
 
 
 @dataclass
