@@ -27,14 +27,15 @@ ScoreTerms make_score_terms(Address weight, int64_t weight_stride, int dtype, Ad
           gradient_stride,  alpha,         rows,         cols};
 }
 
-int64_t select_nm(const ScoreTerms& terms, Address mask, bool in_place, int n, int m, int threads,
+int64_t select_nm(const ScoreTerms& terms, Address mask, bool in_place, Address values, int n, int m, int threads,
                   const std::string& isa) {
-  return kernels_of(isa).select_nm(terms, {at<uint8_t>(mask), in_place}, n, m, threads);
+  return kernels_of(isa).select_nm(terms, {at<uint8_t>(mask), in_place, at<void>(values), terms.cols / m * n}, n, m,
+                                   threads);
 }
 
 int64_t select_rows(const ScoreTerms& terms, Address mask, bool in_place, int64_t keep, int threads,
                     const std::string& isa) {
-  return kernels_of(isa).select_rows(terms, {at<uint8_t>(mask), in_place}, keep, threads);
+  return kernels_of(isa).select_rows(terms, {at<uint8_t>(mask), in_place, nullptr, 0}, keep, threads);
 }
 
 int64_t compensate_block(Address weight, int64_t weight_stride, int64_t rows, int64_t width, Address factor, int n, int m,

@@ -51,6 +51,22 @@ WANDAPP_HD uint32_t lowest_bits(uint32_t bits, int count) {
   return bits & ~rest;
 }
 
+// Of a 16-bit word in groups of m bits, m a power of two: the number of bits set in each, in the place of the group.
+template <int m>
+WANDAPP_HD uint32_t count_in_groups(uint32_t bits) {
+  for (int width = 1; width < m; width *= 2) {  // neighbours of `width` bits are added
+    const uint32_t lower = 0xffffu / ((1u << width) + 1);
+    bits = (bits & lower) + (bits >> width & lower);
+  }
+  return bits;
+}
+
+// `count` in the place of each group.
+template <int m>
+WANDAPP_HD uint32_t in_every_group(int count) {
+  return count * (0xffffu / ((1u << m) - 1));
+}
+
 // The n places a packed group stores: every non-zero, then the lowest zeros. More than n non-zeros come back as they are.
 WANDAPP_HD uint32_t stored_of_group(uint32_t nonzero, int n, int m) {
   uint32_t zero = ~nonzero & (m == 32 ? ~0u : (1u << m) - 1);

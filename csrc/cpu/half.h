@@ -36,6 +36,13 @@ inline float widen(Half value) {
   return float_of_bits(sign | bits_of_float(magnitude));
 }
 
+// The value as the packed form stores it: +0.0 for -0.0.
+inline float stored(float value) { return value == 0 ? 0 : value; }
+template <class Half16>
+Half16 stored(Half16 value) {
+  return value.bits == 0x8000 ? Half16{0} : value;
+}
+
 // To nearest, ties to even; NaN stays NaN.
 inline void narrow(float value, float& out) { out = value; }
 

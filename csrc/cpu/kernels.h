@@ -20,9 +20,12 @@ struct ScoreTerms {
 };
 
 // Where the choice goes. in_place: the weight is zeroed and `mask` takes one bit per column; else one bool per column.
+// `values`, n:m in place only: the kept weights in row order, n for every m columns; or null.
 struct Choice {
   uint8_t* mask;
   bool in_place;
+  void* values;
+  int64_t values_per_row;
 };
 
 // One column block of SparseGPT. n = 0: given_mask says what stays; else n of every m is chosen. `mask` takes what was used.

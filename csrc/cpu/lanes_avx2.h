@@ -128,6 +128,10 @@ struct Avx2 {
     const __m256i bits = load_256(weight);
     store_256(weight, _mm256_and_si256(_mm256_andnot_si256(is_zero16(bits), kept), bits));
   }
+  template <class T>
+  static T* append(T* to, const T* weight, uint32_t mask) {
+    return Portable::append(to, weight, mask);
+  }
   static void store_bools(uint8_t* to, uint32_t keep) {
     const __m128i bit = _mm_set1_epi64x(int64_t(0x8040201008040201));
     const __m128i spread = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);

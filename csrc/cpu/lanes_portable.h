@@ -143,6 +143,13 @@ struct Portable {
     keep &= nonzero(weight);
     for (int i = 0; i < 16; i++) weight[i] = keep >> i & 1 ? weight[i] : T{};
   }
+  // The weights whose bit is set go to `to`, one after another, -0.0 as +0.0; returns where the next one would go. It may read
+  // all 16 weights, and writes nothing beyond those.
+  template <class T>
+  static T* append(T* to, const T* weight, uint32_t mask) {
+    for (; mask; mask &= mask - 1) *to++ = stored(weight[__builtin_ctz(mask)]);
+    return to;
+  }
   // One byte, 0 or 1, per lane.
   static void store_bools(uint8_t* to, uint32_t keep) {
     for (int i = 0; i < 16; i++) to[i] = keep >> i & 1;

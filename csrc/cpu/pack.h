@@ -19,33 +19,31 @@ uint32_t nonzero_at(const T* weight, int64_t c, int64_t cols) {
   return Lanes::nonzero(padded);
 }
 
-// The value as stored: +0.0 for -0.0.
-inline float stored(float value) { return value == 0 ? 0 : value; }
-template <class Half16>
-Half16 stored(Half16 value) {
-  return value.bits == 0x8000 ? Half16{0} : value;
-}
-
-template <class T>
-T* append_values(T* values, const T* weight, uint32_t mask) {
-  for (; mask; mask &= mask - 1) *values++ = stored(weight[__builtin_ctz(mask)]);
-  return values;
+// Appends the row's weights at columns c + (the mask's bits).
+template <class Lanes, class T>
+T* append_at(T* values, const T* weight, int64_t c, int64_t cols, uint32_t mask) {
+  if (cols - c >= 16) return Lanes::append(values, weight + c, mask);
+  T padded[16] = {};
+  std::copy_n(weight + c, cols - c, padded);
+  return Lanes::append(values, padded, mask);
 }
 
 // One row, m a divisor of 16. Returns the first column of the first group with more than n non-zeros, or -1.
-template <class Lanes, class T>
-int64_t pack_row_nm(const T* weight, int64_t cols, int n, int m, T* values, uint8_t* row_mask) {
-  const uint32_t group_bits = (1u << m) - 1;
+template <class Lanes, int m, class T>
+int64_t pack_row_nm(const T* weight, int64_t cols, int n, T* values, uint8_t* row_mask) {
+  const uint32_t full = in_every_group<m>(n);
   for (int64_t c = 0; c < cols; c += 16) {
     const uint32_t nonzero = nonzero_at<Lanes>(weight, c, cols);
     const int lanes = int(std::min<int64_t>(16, cols - c));
-    uint32_t mask = 0;
-    for (int first = 0; first < lanes; first += m) {
-      const uint32_t group = nonzero >> first & group_bits;
-      if (count_bits(group) > n) return c + first;
-      mask |= stored_of_group(group, n, m) << first;
+    uint32_t mask = nonzero;
+    if (count_in_groups<m>(nonzero) != full) {  // some group is not full, or too full, or missing: one by one
+      for (int first = 0; first < lanes; first += m) {
+        const uint32_t group = nonzero >> first & ((1u << m) - 1);
+        if (count_bits(group) > n) return c + first;
+        mask |= stored_of_group(group, n, m) << first;
+      }
     }
-    values = append_values(values, weight + c, mask);
+    values = append_at<Lanes>(values, weight, c, cols, mask);
     std::memcpy(row_mask + c / 8, &mask, (lanes + 7) / 8);
   }
   return -1;
@@ -80,8 +78,12 @@ int64_t pack_nm_of(const PackArgs& args, int n, int m, int threads) {
       const T* weight = static_cast<const T*>(args.weight) + row * args.weight_stride;
       T* values = static_cast<T*>(args.values) + row * values_per_row;
       uint8_t* row_mask = args.bitmask + row * ((args.cols + 7) / 8);
-      const int64_t offender = 16 % m == 0 ? pack_row_nm<Lanes>(weight, args.cols, n, m, values, row_mask)
-                                           : pack_row_any(weight, args.cols, n, m, values, row_mask);
+      const int64_t offender = m == 1    ? pack_row_nm<Lanes, 1>(weight, args.cols, n, values, row_mask)
+                               : m == 2  ? pack_row_nm<Lanes, 2>(weight, args.cols, n, values, row_mask)
+                               : m == 4  ? pack_row_nm<Lanes, 4>(weight, args.cols, n, values, row_mask)
+                               : m == 8  ? pack_row_nm<Lanes, 8>(weight, args.cols, n, values, row_mask)
+                               : m == 16 ? pack_row_nm<Lanes, 16>(weight, args.cols, n, values, row_mask)
+                                         : pack_row_any(weight, args.cols, n, m, values, row_mask);
       if (offender >= 0) return first.report(row * args.cols + offender);
     }
   });
@@ -110,7 +112,7 @@ void pack_nonzeros_of(const PackArgs& args, const int64_t* row_offsets, int thre
       uint8_t* row_mask = args.bitmask + row * ((args.cols + 7) / 8);
       for (int64_t c = 0; c < args.cols; c += 16) {
         const uint32_t mask = nonzero_at<Lanes>(weight, c, args.cols);
-        values = append_values(values, weight + c, mask);
+        values = append_at<Lanes>(values, weight, c, args.cols, mask);
         std::memcpy(row_mask + c / 8, &mask, std::min<int64_t>(2, (args.cols - c + 7) / 8));
       }
     }

@@ -1,4 +1,4 @@
-// Score, choose, write: each weight is read from memory once.
+// Score, choose, write: each weight is read from memory once, and where asked for also packed.
 //
 //   n:m, m = 2, 4, 8, 16   score and choice stay in one register of 16 lanes
 //   n:m, any other m       scores of a tile go to a buffer in L2; every group is a short row
@@ -21,6 +21,7 @@ struct Tile {
   int64_t cols;
   uint8_t* mask;
   bool in_place;
+  T* values;  // where the next kept weight goes, or null
 
   Tile(const ScoreTerms& terms, Choice choice, int64_t row, int64_t begin, int64_t end)
       : weight(static_cast<T*>(terms.weight) + row * terms.weight_stride + begin),
@@ -28,8 +29,10 @@ struct Tile {
         gradient(terms.gradient ? terms.gradient + row * terms.gradient_stride + begin : nullptr),
         alpha(terms.alpha),
         cols(end - begin),
-        in_place(choice.in_place) {
+        in_place(choice.in_place),
+        values(static_cast<T*>(choice.values)) {
     mask = in_place ? choice.mask + row * ((terms.cols + 7) / 8) + begin / 8 : choice.mask + row * terms.cols + begin;
+    if (values) values += row * choice.values_per_row + begin * choice.values_per_row / terms.cols;
   }
 };
 
@@ -63,28 +66,33 @@ ALWAYS_INLINE typename Lanes::Bits score_at(const Tile<T>& tile, int64_t c) {
 }
 
 template <class Lanes, class T>
-NEVER_INLINE void write_tail(const Tile<T>& tile, int64_t c, uint32_t keep) {
+NEVER_INLINE T* write_tail(const Tile<T>& tile, int64_t c, uint32_t keep) {
   const int64_t count = tile.cols - c;
   keep &= lanes_below(count);
   if (!tile.in_place) {
     uint8_t bools[16];
     Lanes::store_bools(bools, keep);
     std::copy_n(bools, count, tile.mask + c);
-    return;
+    return nullptr;
   }
   T weights[16] = {};
   std::copy_n(tile.weight + c, count, weights);
   Lanes::zero_removed(weights, keep);
   std::copy_n(weights, count, tile.weight + c);
   std::memcpy(tile.mask + c / 8, &keep, (count + 7) / 8);
+  return tile.values ? Lanes::append(tile.values, weights, keep) : nullptr;
 }
 
 template <class Lanes, class T>
-ALWAYS_INLINE void write_choice(const Tile<T>& tile, int64_t c, uint32_t keep) {
-  if (tile.cols - c < 16) return write_tail<Lanes>(tile, c, keep);
+ALWAYS_INLINE void write_choice(Tile<T>& tile, int64_t c, uint32_t keep) {
+  if (tile.cols - c < 16) {
+    tile.values = write_tail<Lanes>(tile, c, keep);
+    return;
+  }
   if (!tile.in_place) return Lanes::store_bools(tile.mask + c, keep);
   Lanes::zero_removed(tile.weight + c, keep);
   std::memcpy(tile.mask + c / 8, &keep, 2);
+  if (tile.values) tile.values = Lanes::append(tile.values, tile.weight + c, keep);
 }
 
 // Lane of the first score that is NaN or Inf, or -1.
@@ -98,7 +106,7 @@ int nonfinite_lane(typename Lanes::Bits bits) {
 
 // These return the column of the tile's first NaN or Inf score, or -1.
 template <class Lanes, int m, class T>
-int64_t select_in_registers(const Tile<T>& tile, int n) {
+int64_t select_in_registers(Tile<T> tile, int n) {
   for (int64_t c = 0; c < tile.cols; c += 16) {
     const typename Lanes::Bits bits = score_at<Lanes>(tile, c);
     const int offender = nonfinite_lane<Lanes>(bits);
@@ -176,7 +184,7 @@ Cut find_cut(const int32_t* bits, int64_t count, int64_t keep, int32_t guess) {
 
 // Writes the choice of a whole buffer and returns how many of the ties it used.
 template <class Lanes, class T>
-int64_t write_cut(const Tile<T>& tile, const int32_t* bits, Cut cut) {
+int64_t write_cut(Tile<T> tile, const int32_t* bits, Cut cut) {
   const int64_t ties = cut.ties;
   for (int64_t c = 0; c < tile.cols; c += 16) {
     const typename Lanes::Bits scores = Lanes::load_bits(bits + c);

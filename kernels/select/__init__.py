@@ -1,7 +1,7 @@
 """Fused score and choice: which weights stay, by n of every m inputs or by `keep` of every row.
 
-`select_*` return a bool mask, `prune_*_` zero the removed weights in place and return a bitmask. All four read the
-weight once: scores live in registers or in a row buffer that stays in cache, never in memory.
+`select_*` return a bool mask, `prune_*_` zero the removed weights in place and return a bitmask, `prune_pack_nm_` the whole
+packed form. All read the weight once: scores live in registers or in a row buffer that stays in cache, never in memory.
 """
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from wandapp.errors import NonFiniteScoreError
 from wandapp.kernels import dispatch
 from wandapp.kernels.checks import check_group, check_like, check_matrix, check_writable, require, unit_column_stride
+from wandapp.kernels.pack import Packed
 
 
 def select_nm(
@@ -84,6 +85,31 @@ def prune_nm_(
     return _prune_nm_(weight, column_scale, gradient, n, m, alpha, backend)
 
 
+def prune_pack_nm_(
+    weight: Tensor,
+    column_scale: Tensor | None = None,
+    gradient: Tensor | None = None,
+    *,
+    n: int,
+    m: int,
+    alpha: float = 0.0,
+    backend: str | None = None,
+) -> Packed:
+    """Packed form of what `prune_nm_` leaves of the weight, made in the same pass; bit-equal to `pack` afterwards.
+
+    The chosen n of a group are the places that `pack` stores: a zero among them scores 0 and was chosen only because
+    every weight left out scores 0 too, at a higher column.
+
+    weight   as for `prune_nm_`: the removed weights are set to +0.0 in place; the other arguments too
+    raises   as `prune_nm_`
+    """
+    column_scale, gradient = _check_terms(weight, column_scale, gradient)
+    check_group(n, m, weight.shape[1])
+    check_writable("weight", weight)
+    values, bitmask = _prune_pack_nm_(weight, column_scale, gradient, n, m, alpha, backend)
+    return Packed(values, bitmask, None, tuple(weight.shape), (n, m))
+
+
 def prune_rows_(
     weight: Tensor,
     column_scale: Tensor | None = None,
@@ -108,7 +134,8 @@ def prune_rows_(
 
 
 # Launchers `<function>_<backend>(weight, column_scale, gradient, *, n, m | keep, alpha)` return (mask or bitmask,
-# flat index row * cols + column of the first score that is NaN or Inf, else -1; an int or a 0-d integer tensor).
+# flat index row * cols + column of the first score that is NaN or Inf, else -1; an int or a 0-d integer tensor); those of
+# `prune_pack_nm_` return the values before the bitmask.
 
 
 @torch.library.custom_op("wandapp::select_nm", mutates_args=())
@@ -155,6 +182,21 @@ def _prune_rows_(
     return _finite(weight, *launch(weight, column_scale, gradient, keep=keep, alpha=alpha))
 
 
+@torch.library.custom_op("wandapp::prune_pack_nm_", mutates_args=("weight",))
+def _prune_pack_nm_(
+    weight: Tensor,
+    column_scale: Tensor | None,
+    gradient: Tensor | None,
+    n: int,
+    m: int,
+    alpha: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    launch = dispatch.launcher("prune_pack_nm_", weight.device, backend)
+    values, *rest = launch(weight, column_scale, gradient, n=n, m=m, alpha=alpha)
+    return values, _finite(weight, *rest)
+
+
 @_select_nm.register_fake
 @_select_rows.register_fake
 def _(weight, *_):
@@ -165,6 +207,12 @@ def _(weight, *_):
 @_prune_rows_.register_fake
 def _(weight, *_):
     return weight.new_empty(weight.shape[0], (weight.shape[1] + 7) // 8, dtype=torch.uint8)
+
+
+@_prune_pack_nm_.register_fake
+def _(weight, column_scale, gradient, n, m, alpha, backend):
+    rows, cols = weight.shape
+    return weight.new_empty(rows, cols // m * n), weight.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
 
 
 def _finite(weight: Tensor, result: Tensor, offender: int | Tensor) -> Tensor:

@@ -45,6 +45,12 @@ def prune_rows_reference(weight, column_scale, gradient, *, keep, alpha) -> tupl
     return _zero_removed(weight, *select_rows_reference(weight, column_scale, gradient, keep=keep, alpha=alpha))
 
 
+def prune_pack_nm_reference(weight, column_scale, gradient, *, n, m, alpha) -> tuple[Tensor, Tensor, int]:
+    mask, offender = select_nm_reference(weight, column_scale, gradient, n=n, m=m, alpha=alpha)
+    bitmask, offender = _zero_removed(weight, mask, offender)
+    return weight[mask].view(weight.shape[0], weight.shape[1] // m * n), bitmask, offender
+
+
 def _zero_removed(weight: Tensor, mask: Tensor, offender: int) -> tuple[Tensor, int]:
     if offender < 0:
         weight.masked_fill_(~mask | (weight == 0), 0.0)  # weight == 0 holds for -0.0 too

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from wandapp.errors import NonFiniteScoreError, WandappError
 from wandapp.kernels.bitmask import pack_bits, unpack_bits
-from wandapp.kernels.select import prune_nm_, prune_rows_, select_nm, select_rows
+from wandapp.kernels.pack import pack
+from wandapp.kernels.select import prune_nm_, prune_pack_nm_, prune_rows_, select_nm, select_rows
 
 SHAPES = [(0, 16), (7, 0), (1, 1), (4, 37), (3, 48), (2, 4097), (33, 64)]
 
@@ -77,6 +78,34 @@ def test_nm_equals_the_equation(n, m, which, dtype, backend, bits):
         check_pruned(weight, pruned, mask, prune_nm_(pruned, column_scale, gradient, **options), bits)
 
 
+@pytest.mark.parametrize("n, m", [(1, 2), (2, 4), (1, 4), (4, 8), (8, 16), (3, 5), (1, 1), (20, 48)])
+def test_pruning_packs_in_the_same_pass(n, m, dtype, backend, bits):
+    """Bit-equal to prune_nm_ and pack, also where scores of non-zero weights are zero and ties decide."""
+    for rows, groups, which in ((0, 1, ""), (3, 0, ""), (5, 7, "scale+gradient"), (2, 33, "scale")):
+        weight, (column_scale, gradient) = awkward_weight(rows, groups * m, dtype), terms(rows, groups * m, which)
+        if column_scale is not None:
+            column_scale[::3] = 0
+        options = dict(n=n, m=m, alpha=0.0, backend=backend)
+        fused, apart = weight.clone(), weight.clone()
+        packed = prune_pack_nm_(fused, column_scale, gradient, **options)
+        bitmask = prune_nm_(apart, column_scale, gradient, **options)
+        expected = pack(apart, n=n, m=m, backend="reference")
+        assert torch.equal(bits(fused), bits(apart))
+        assert packed.values.shape == (rows, groups * n) and torch.equal(bits(packed.values), bits(expected.values))
+        assert torch.equal(packed.bitmask, bitmask) and torch.equal(packed.bitmask, expected.bitmask)
+        assert packed.shape == weight.shape and packed.pattern == (n, m) and packed.row_offsets is None
+
+
+def test_wide_rows_are_packed_by_several_tasks(backend):
+    weight = torch.randn(2, 150_000)
+    for n, m in ((2, 4), (2, 3)):
+        fused = weight.clone()
+        packed = prune_pack_nm_(fused, n=n, m=m, backend=backend)
+        mask = oracle_mask(weight, None, None, 0, n, m)
+        assert torch.equal(packed.values, weight[mask].view(2, -1)) and torch.equal(packed.bitmask, pack_bits(mask))
+        assert torch.equal(fused, weight * mask)
+
+
 def test_hand_computed_4x8(backend):
     weight = torch.tensor(
         [
@@ -114,7 +143,7 @@ def test_score_adds_before_it_multiplies_and_rounds_twice(backend):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("select", [select_nm, select_rows, prune_nm_, prune_rows_])
+@pytest.mark.parametrize("select", [select_nm, select_rows, prune_nm_, prune_rows_, prune_pack_nm_])
 def test_nonfinite_score_names_the_first_place(select, value, dtype, backend):
     weight = torch.randn(40, 200).to(dtype)
     weight[31, 7] = value

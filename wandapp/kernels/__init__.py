@@ -9,6 +9,7 @@ FUNCTIONS = {
     "select_rows": "select",
     "prune_nm_": "select",
     "prune_rows_": "select",
+    "prune_pack_nm_": "select",
     "compensate_block_": "compensate",
     "pack": "pack",
     "unpack": "pack",
