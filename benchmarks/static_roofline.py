@@ -1,9 +1,11 @@
-"""Roofline of every GPU kernel without a GPU: compile for sm_90 (or sm_80), read registers, spills and instructions.
+"""Roofline of every GPU kernel without a GPU: its sm_90 (or sm_80) machine code, read for registers, spills and instructions.
 
 A streaming kernel reaches the memory's bandwidth when it spends fewer thread-instructions per byte than an SM can issue
 in the time that byte takes: an H100 SM issues 4 warp instructions a cycle (128 threads) and receives 3.35 TB/s / 132
-/ 1.755 GHz = 14.5 bytes a cycle, so 8.8 thread-instructions per byte. Loops are weighted by their trip counts; what a
-forward branch skips and holds no loop is the rare path (it names a NaN) and is left out.
+/ 1.755 GHz = 14.5 bytes a cycle, so 8.8 thread-instructions per byte. Triton kernels are compiled here with the tiles that
+their launchers choose, loops weighted by trip counts; what a forward branch skips and holds no loop is the rare path (it
+names a NaN) and is left out. CUDA kernels are read from the built wandapp._CUDA. The predicted share of peak bandwidth
+is the least that instructions, bytes in flight and bytes beyond the minimum allow: a ceiling, not a measurement.
 
     python benchmarks/static_roofline.py [--arch 80|90] [--json]
 """
@@ -11,13 +13,10 @@ forward branch skips and holds no loop is the rare path (it names a NaN) and is 
 import argparse
 import json
 import re
-import shutil
-import subprocess
-import tempfile
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import triton
+from machine_code import executed, read_cubin, read_extension, spills_in_loops, widths
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,9 +28,9 @@ from wandapp.kernels.sparse_linear import triton_impl as sparse_linear
 
 INSTRUCTIONS_PER_BYTE = 8.8
 BYTES_IN_FLIGHT = 16_500  # 3.35 TB/s * 650 ns / 132 SMs: what each SM must have asked for
-REGISTERS, SHARED_BYTES, THREADS, PROGRAMS = 65536, 228 * 1024, 2048, 32  # of one SM
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ROOT = Path(__file__).resolve().parents[1]
+REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32  # of one SM
+LAYOUTS = ("neutral", "CUTLASS", "cuSPARSELt")
+SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024}
 
 
 @dataclass
@@ -61,7 +60,8 @@ class Report:
     registers: int
     spill_bytes: int
     shared_bytes: int
-    programs_per_sm: int
+    programs_per_sm: int = 0
+    spills_in_loops: int = 0
     load_bits: dict = field(default_factory=dict)
     store_bits: dict = field(default_factory=dict)
     instructions_per_byte: float = 0.0
@@ -93,21 +93,27 @@ def statistics_cases() -> list[Case]:
 
 def select_cases() -> list[Case]:
     found = []
-    for n, m, terms, prune in [
-        (2, 4, "s", 1),
-        (4, 8, "s", 1),
-        (8, 16, "s", 1),
-        (2, 4, "sg", 1),
-        (2, 4, "s", 0),
-        (4, 8, "s", 0),
+    for function, n, m, terms in [
+        ("prune_nm_", 2, 4, "s"),
+        ("prune_nm_", 4, 8, "s"),
+        ("prune_nm_", 8, 16, "s"),
+        ("prune_nm_", 2, 4, "sg"),
+        ("prune_pack_nm_", 2, 4, "s"),
+        ("prune_pack_nm_", 4, 8, "s"),
+        ("select_nm", 2, 4, "s"),
+        ("select_nm", 4, 8, "s"),
     ]:
-        tile = select.nm_tile(4096, m, 2, bool(prune))
+        prune, packs = function != "select_nm", function == "prune_pack_nm_"
+        tile = select.nm_tile(4096, m, 2, prune)
         warps = tile.pop("num_warps")
         weights = tile["BLOCK_ROWS"] * tile["BLOCK_GROUPS"] * m
-        moved = 2 + (2 + 1 / 8 if prune else 1) + (4 if "g" in terms else 0) + 4 / 4096  # column_scale: once a matrix
+        moved = 2 + (2 + 1 / 8 if prune else 1) + (2 * n / m if packs else 0) + (4 if "g" in terms else 0)
+        moved += 4 / 4096  # column_scale: once a matrix
         pointers = select_pointers(terms, "*i16" if prune and m == 16 else "*u8")
-        constants = {"N": n, "M": m, "PRUNE": bool(prune), "BITS": bool(prune), **no_gradient(terms), **tile}
-        name = f"{'prune_nm_' if prune else 'select_nm'} {n}:{m} bf16{' gradient' if 'g' in terms else ''}"
+        pointers |= {"values_ptr": "*bf16"} if packs else {}
+        constants = {"N": n, "M": m, "PRUNE": prune, "BITS": prune, **no_gradient(terms), **tile}
+        constants |= {} if packs else {"values_ptr": None}
+        name = f"{function} {n}:{m} bf16{' gradient' if 'g' in terms else ''}"
         kernel = select._select_nm_kernel
         asked = weights * 2
         found.append(Case(name, kernel, pointers, constants, weights, moved, moved, warps=warps, bytes_asked=asked))
@@ -196,66 +202,13 @@ def analyse(case: Case, arch: int = 90) -> Report:
         target=GPUTarget("cuda", arch, 32),
         options=options,
     )
-    code, usage = disassemble(compiled.asm["cubin"])
-    report = read_usage(case.name, usage, compiled.metadata.shared, case.warps)
-    return rate(report, case, code)
-
-
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """SASS and resource usage of a cubin, by the tools in Triton's wheel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        outputs = [
-            subprocess.run([TOOLS / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-sass", "--dump-resource-usage")
-        ]
-    return outputs[0], outputs[1]
-
-
-def read_usage(name: str, usage: str, shared: int, warps: int) -> Report:
-    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
-    by_shared = SHARED_BYTES // (shared + 1024)
-    programs = min(by_registers, by_shared, THREADS // (32 * warps), PROGRAMS)
-    return Report(name, registers, stack, shared, programs)
-
-
-def instructions(code: str) -> list[tuple[int, str, str]]:
-    """(address, mnemonic, operands) of every instruction; NOPs and the endless loop behind EXIT are dropped."""
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);"
-    found = [(int(address, 16), name, rest) for address, name, rest in re.findall(pattern, code)]
-    return [entry for entry in found if entry[1] != "NOP"]
-
-
-def weighted(code: str, trips: tuple) -> float:
-    """Instructions one thread executes."""
-    listing = instructions(code)
-    jumps = [(at, int(re.search(r"0x([0-9a-f]+)", rest)[1], 16)) for at, name, rest in listing if name == "BRA"]
-    loops = sorted((target, at) for at, target in jumps if target < at)
-    skipped = [(at, to) for at, to in jumps if to > at and not any(at < first and last < to for first, last in loops)]
-    counts = {loop: trip for loop, trip in zip(loops, [*trips, *[1] * len(loops)], strict=False)}
-    total = 0.0
-    for at, _, _ in listing:
-        if any(start < at < end for start, end in skipped):
-            continue
-        weight = 1.0
-        for (first, last), trip in counts.items():
-            weight *= trip if first <= at <= last else 1
-        total += weight
-    return total
-
-
-def rate(report: Report, case: Case, code: str) -> Report:
-    for _, name, _ in instructions(code):
-        if name.startswith(("LDG", "STG")):
-            bits = re.search(r"\.(128|64|U16|S16|U8|S8)(?:\.|$)", name)
-            widths = report.load_bits if name.startswith("LDG") else report.store_bits
-            if "DEPBAR" not in name:
-                width = int(re.sub(r"\D", "", bits[1])) if bits else 32
-                widths[width] = widths.get(width, 0) + 1
+    code = read_cubin(compiled.asm["cubin"])
+    report = Report(case.name, code.registers, code.stack_bytes, compiled.metadata.shared)
+    report.programs_per_sm = programs_per_sm(report, case.warps, arch)
+    report.load_bits, report.store_bits = widths(code, "LDG"), widths(code, "STG")
+    report.spills_in_loops = spills_in_loops(code)
     bytes_per_thread = case.weights * case.bytes_moved / (32 * case.warps)
-    report.instructions_per_byte = round(weighted(code, case.trips) / bytes_per_thread, 2)
+    report.instructions_per_byte = round(executed(code, case.trips) / bytes_per_thread, 2)
     report.bytes_ratio = round(case.bytes_moved / case.bytes_minimum, 3)
     in_flight = report.programs_per_sm * case.bytes_asked
     fraction = min(1.0, INSTRUCTIONS_PER_BYTE / report.instructions_per_byte, in_flight / BYTES_IN_FLIGHT)
@@ -263,21 +216,40 @@ def rate(report: Report, case: Case, code: str) -> Report:
     return report
 
 
-def cuda_reports(arch: int = 90) -> list[str]:
-    """One line per CUDA kernel: registers, spills, shared memory, from nvcc's cubins; empty without nvcc."""
-    nvcc = shutil.which("nvcc")
-    lines = []
-    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if nvcc else []:
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder) / "kernel.cubin"
-            flags = ["-O3", "-std=c++17", "--fmad=false", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}"]
-            subprocess.run([nvcc, "-cubin", *flags, "-o", cubin, source], check=True, capture_output=True)
-            _, usage = disassemble(cubin.read_bytes())
-        for name, registers, stack, shared in re.findall(
-            r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
-        ):
-            lines.append(f"{source.name:20} {name[:60]:60} reg {registers:>3} spill {stack:>4} shared {shared:>6}")
-    return lines
+def programs_per_sm(report: Report, warps: int, arch: int) -> int:
+    by_registers = REGISTERS // (-(-report.registers // 8) * 8 * 32 * warps)
+    by_shared = SHARED_BYTES[arch] // (report.shared_bytes + 1024)
+    return min(by_registers, by_shared, THREADS // (32 * warps), PROGRAMS)
+
+
+def cuda_reports(arch: int = 90) -> list[Report]:
+    """The kernels of wandapp._CUDA, none where it is not built.
+
+    compress24 has no loop on its main path: a thread takes 4 rows of 16 columns, and every instruction counts, rare paths too.
+    The products' loops depend on the shape: instructions are left at 0 (csrc/cuda/sparse_linear.cuh counts them by hand).
+    """
+    found = []
+    for symbol, code in read_extension(arch).items():
+        compress = re.search(r"compress24_kernelI(.)LNS_6LayoutE(\d)ELb(\d)E", symbol)
+        product = re.search(r"sparse_linear24_(walking_)?kernelINS_\d+(B?Float16)ELi(\d)E", symbol)
+        if compress:
+            itemsize, layout, wide = 4 if compress[1] == "j" else 2, int(compress[2]), compress[3] == "1"
+            name = f"compress24 {8 * itemsize}-bit {LAYOUTS[layout]}{'' if wide else ', odd rows'}"
+            threads, bytes_per_thread = 256, 4 * (16 * itemsize + 8 * itemsize + 2)
+        else:
+            name = f"sparse_linear {product[2]}, {8 * int(product[3])} tokens{', walking' if product[1] else ''}"
+            threads, bytes_per_thread = (1024 if product[1] else 512), 0
+        report = Report(f"cuda {name}", code.registers, code.stack_bytes, code.shared_bytes)
+        report.programs_per_sm = programs_per_sm(report, threads // 32, arch)
+        report.load_bits, report.store_bits = widths(code, "LDG"), widths(code, "STG")
+        report.spills_in_loops = spills_in_loops(code)
+        if bytes_per_thread:
+            report.instructions_per_byte = round(len(code.listing) / bytes_per_thread, 2)
+            in_flight = report.programs_per_sm * threads * bytes_per_thread * 2 // 3  # what of it is read
+            fraction = min(1.0, INSTRUCTIONS_PER_BYTE / report.instructions_per_byte, in_flight / BYTES_IN_FLIGHT)
+            report.bandwidth_fraction = round(fraction, 2)
+        found.append(report)
+    return found
 
 
 def main() -> None:
@@ -285,18 +257,19 @@ def main() -> None:
     parser.add_argument("--arch", type=int, choices=(80, 90), default=90)
     parser.add_argument("--json", action="store_true", help="print only the JSON line")
     options = parser.parse_args()
-    reports = [analyse(case, options.arch) for case in cases()]
+    reports = [*(analyse(case, options.arch) for case in cases()), *cuda_reports(options.arch)]
     if not options.json:
         print(
             f"triton {triton.__version__}, sm_{options.arch}; limit {INSTRUCTIONS_PER_BYTE} thread-instructions a byte"
         )
-        print(f"{'kernel':40} reg spill shared prog/SM instr/B bytes/min of peak  loads, stores (bits: count)")
+        print(f"{'kernel':50} reg spill shared prog/SM instr/B bytes/min of peak  loads, stores (bits: count)")
         for r in reports:
             print(
-                f"{r.name:40} {r.registers:3} {r.spill_bytes:5} {r.shared_bytes:6} {r.programs_per_sm:7} "
+                f"{r.name:50} {r.registers:3} {r.spill_bytes:5} {r.shared_bytes:6} {r.programs_per_sm:7} "
                 f"{r.instructions_per_byte:7} {r.bytes_ratio:9} {r.bandwidth_fraction:7}  {r.load_bits} {r.store_bits}"
             )
-        print("\n".join(cuda_reports(options.arch)) or "no nvcc or no .cu files: CUDA kernels left out")
+        if not any(r.name.startswith("cuda") for r in reports):
+            print("wandapp._CUDA is not built: CUDA kernels left out")
     print(json.dumps({"triton": triton.__version__, "arch": options.arch, "kernels": [asdict(r) for r in reports]}))
 
 

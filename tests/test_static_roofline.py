@@ -10,32 +10,52 @@ import pytest
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "static_roofline.py"
-BY_ELEMENT = ("compensate", "sparse_linear 50%")  # diagonal entries; values found by a running count
-OVER_THE_LIMIT = {"prune_rows_": 19.0, "sparse_linear 50%": 23.0, "compensate": 320.0}  # thread-instructions a byte
-SPILLS = {"prune_rows_ 11008": 64, "sparse_linear 2:4 bf16 16 x": 8}  # bytes a thread, outside the loops
+LIMIT = 8.8  # thread-instructions a byte: more, and an H100 is not bound by its memory
+# What exceeds it, and up to where: a search over keys, a running count over bits, 128 dependent columns; odd rows by element.
+OVER_THE_LIMIT = {"prune_rows_": 19.0, "sparse_linear 50%": 23.0, "compensate": 320.0, "odd rows": 11.5}
+BY_ELEMENT = ("compensate", "sparse_linear 50%", "odd rows")  # diagonal entries; values at counted places; no alignment
+# Pointers that are set aside once and fetched once, outside the loops: bytes a thread.
+SPILLS = {"prune_rows_ 11008": 64, "sparse_linear 2:4 bf16 16 x": 8, "compensate": 8}
 
 
-@pytest.fixture(scope="module")
-def reports():
+def roofline(arch: int) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, SCRIPT, "--json"], env=environment, capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, SCRIPT, "--json", "--arch", str(arch)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])["kernels"]
 
 
+@pytest.fixture(scope="module")
+def reports():
+    return roofline(90)
+
+
 def allowance(table, name, default):
-    return next((value for prefix, value in table.items() if name.startswith(prefix)), default)
+    return next((value for part, value in table.items() if part in name), default)
 
 
-def test_nothing_spills(reports):
+def check_spills(reports):
     assert not [r["name"] for r in reports if r["spill_bytes"] > allowance(SPILLS, r["name"], 0)]
+    assert not [r["name"] for r in reports if r["spills_in_loops"]]
+
+
+def check_widths(reports):
+    """Loads of 8 bytes or more; of CUDA's 16-bit ones, the bitmask of a chunk (compress24) and a row's bias (products)."""
+    for r in reports:
+        narrow = {int(bits): count for bits, count in r["load_bits"].items() if int(bits) < 64}
+        if r["name"].startswith("cuda"):
+            narrow.pop(16, None)
+        if not any(part in r["name"] for part in BY_ELEMENT):
+            assert r["load_bits"] and not narrow, (r["name"], r["load_bits"])
+
+
+def test_the_main_path_does_not_spill(reports):
+    check_spills(reports)
 
 
 def test_loads_are_at_least_8_bytes_wide(reports):
-    streaming = [r for r in reports if not r["name"].startswith(BY_ELEMENT)]
-    assert not [(r["name"], r["load_bits"]) for r in streaming if min(map(int, r["load_bits"])) < 64]
+    check_widths(reports)
 
 
 def test_bytes_stay_within_5_percent_of_the_minimum(reports):
@@ -43,5 +63,18 @@ def test_bytes_stay_within_5_percent_of_the_minimum(reports):
 
 
 def test_instructions_leave_the_memory_the_bottleneck(reports):
-    over = [r for r in reports if r["instructions_per_byte"] > allowance(OVER_THE_LIMIT, r["name"], 8.8)]
+    over = [r for r in reports if r["instructions_per_byte"] > allowance(OVER_THE_LIMIT, r["name"], LIMIT)]
     assert not [(r["name"], r["instructions_per_byte"]) for r in over]
+
+
+def test_every_kernel_that_the_n_m_path_launches_is_among_them(reports):
+    names = " ".join(r["name"] for r in reports)
+    for wanted in ("prune_nm_ 2:4", "prune_pack_nm_ 2:4", "select_nm 2:4", "pack 2:4", "sparse_linear 2:4"):
+        assert wanted in names
+
+
+@pytest.mark.slow
+def test_sm_80_keeps_the_promises_too():
+    reports = roofline(80)
+    check_widths(reports)
+    check_spills(reports)

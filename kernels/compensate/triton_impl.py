@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wandapp.errors import BackendUnavailableError
-from wandapp.kernels.select.triton_impl import offender_cell
+from wandapp.kernels.triton_groups import offender_cell
 
 WIDEST_BLOCK = 128
 BLOCK_ROWS = 8  # a row lies in one warp, so a column is spread without a barrier

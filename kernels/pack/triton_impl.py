@@ -11,15 +11,18 @@ from torch import Tensor
 
 from wandapp.errors import BackendUnavailableError
 from wandapp.kernels.pack import Packed
-from wandapp.kernels.select.triton_impl import (
+from wandapp.kernels.triton_groups import (
     WIDEST_GROUP,
-    bytes_of,
+    empty_bitmask,
     fill_up,
+    gather_kept,
     is_nonzero,
     offender_cell,
     pack_mask,
     split_lanes,
     store_bits,
+    store_group_bits,
+    store_kept,
 )
 
 BLOCK_COLS = 1024
@@ -34,7 +37,7 @@ def pack_triton(weight: Tensor, *, n: int | None, m: int | None) -> tuple[Tensor
     whole_bytes = m in (2, 4, 8, 16)  # bits of whole groups fill bytes
     values = torch.empty(rows, cols // m * n, dtype=weight.dtype, device=weight.device)
     offender = offender_cell(weight.device)
-    bits = _empty_bitmask(weight) if whole_bytes else torch.empty(rows, cols, dtype=torch.uint8, device=weight.device)
+    bits = empty_bitmask(weight) if whole_bytes else torch.empty(rows, cols, dtype=torch.uint8, device=weight.device)
     if weight.numel():
         tile = pack_tile(cols, m, weight.element_size())
         blocks = triton.cdiv(cols // m, tile["BLOCK_GROUPS"])
@@ -68,7 +71,7 @@ def pack_tile(cols: int, m: int, itemsize: int) -> dict:
 
 def _pack_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = weight.shape
-    bitmask = _empty_bitmask(weight)
+    bitmask = empty_bitmask(weight)
     row_offsets = torch.zeros(rows + 1, dtype=torch.int64, device=weight.device)
     if weight.numel():
         counts = torch.empty(rows, dtype=torch.int32, device=weight.device)
@@ -82,21 +85,6 @@ def _pack_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             weight, row_offsets, values, cols, weight.stride(0), BLOCK_COLS=BLOCK_COLS, num_warps=4
         )
     return values, bitmask, row_offsets
-
-
-def _empty_bitmask(weight: Tensor) -> Tensor:
-    return torch.empty(weight.shape[0], (weight.shape[1] + 7) // 8, dtype=torch.uint8, device=weight.device)
-
-
-@triton.jit
-def _weave(lanes, COUNT: tl.constexpr):
-    """Tile [rows, columns * COUNT] whose columns l, l + COUNT, ... are lane l."""
-    if COUNT == 1:
-        return lanes[0]
-    else:
-        evens = _weave(lanes[::2], COUNT // 2)
-        odds = _weave(lanes[1::2], COUNT // 2)
-        return tl.join(evens, odds).reshape(evens.shape[0], evens.shape[1] * 2)
 
 
 @triton.jit
@@ -145,35 +133,15 @@ def _pack_nm_kernel(
         first_flat = (block_row * BLOCK_ROWS).to(tl.int64) * cols + first_group * M
         tl.atomic_min(offender_ptr, first_flat + first)
 
-    kept = ()  # N tiles: the k-th kept weight of every group
-    left = bits
-    for k in tl.static_range(N):
-        lowest = left & -left
-        weight_tile = lanes[k]
-        for i in tl.static_range(k + 1, k + M - N + 1):
-            weight_tile = tl.where(lowest == 1 << i, lanes[i], weight_tile)
-        kept = kept + (weight_tile,)
-        left ^= lowest
-
-    offs_groups = first_group + tl.arange(0, BLOCK_GROUPS)[None, :]
-    keep_groups = (offs_rows < rows) & (offs_groups < groups)
-    values_row_ptrs = values_ptr + offs_rows * (groups * N)
-    if N & (N - 1) == 0:
-        offs_values = first_group * N + tl.arange(0, BLOCK_GROUPS * N)[None, :]
-        keep_values = (offs_rows < rows) & (offs_values < groups * N)
-        tl.store(values_row_ptrs + offs_values, _weave(kept, N), mask=keep_values)
-    else:
-        for k in tl.static_range(N):
-            tl.store(values_row_ptrs + offs_groups * N + k, kept[k], mask=keep_groups)
+    keep_rows = offs_rows < rows
+    store_kept(values_ptr, gather_kept(lanes, bits, N, M), first_group, groups, offs_rows, keep_rows, N)
     if BITS:
-        WORD: tl.constexpr = max(M, 8)
-        offs_words = first_group * M // WORD + tl.arange(0, BLOCK_GROUPS * M // WORD)[None, :]
-        words = tl.cdiv(cols, WORD)
-        bits = bytes_of(tl.where(offs_groups < groups, bits, 0), M)
-        tl.store(output_ptr + offs_rows * words + offs_words, bits, mask=(offs_rows < rows) & (offs_words < words))
+        store_group_bits(output_ptr, bits, first_group, cols, offs_rows, keep_rows, M)
     else:
+        offs_groups = first_group + tl.arange(0, BLOCK_GROUPS)[None, :]
         for i in tl.static_range(M):
-            tl.store(output_ptr + offs_rows * cols + offs_groups * M + i, (bits >> i) & 1, mask=keep_groups)
+            offs_flat = offs_rows * cols + offs_groups * M + i
+            tl.store(output_ptr + offs_flat, (bits >> i) & 1, mask=keep_rows & (offs_groups < groups))
 
 
 @triton.jit

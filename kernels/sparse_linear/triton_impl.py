@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from wandapp.kernels.pack import Packed
 from wandapp.kernels.pack.triton_impl import unpack_triton
-from wandapp.kernels.select.triton_impl import split_lanes, widen
+from wandapp.kernels.triton_groups import split_lanes, widen
 
 DECODE_TOKENS = 16  # two fragments of the tensor cores; one, of 8 tokens, is the narrowest
 QUARTERS = 4  # warps of a program, each with its own columns

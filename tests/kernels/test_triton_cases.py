@@ -1,4 +1,8 @@
-"""Every Triton kernel against `reference`: on a GPU where there is one, else in the interpreter (its own process)."""
+"""Every Triton kernel against `reference`: on a GPU where there is one, else in the interpreter (its own process).
+
+A program takes the interpreter some 20 ms, so the shapes are the smallest that have several tiles and a tail in both
+directions. Each pattern meets each dtype; pairs that share their tile and their code with another one are marked slow.
+"""
 
 import os
 
@@ -9,7 +13,8 @@ from wandapp.errors import BackendUnavailableError, NonFiniteScoreError, TooMany
 from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.kernels.compensate import compensate_block_
 from wandapp.kernels.pack import Packed, pack, unpack
-from wandapp.kernels.select import prune_nm_, prune_rows_, select_nm, select_rows
+from wandapp.kernels.rmsprop import rmsprop_
+from wandapp.kernels.select import prune_nm_, prune_pack_nm_, prune_rows_, select_nm, select_rows
 from wandapp.kernels.sparse_linear import sparse_linear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,7 +25,18 @@ pytestmark = pytest.mark.skipif(
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATTERNS = [(2, 4), (4, 8), (8, 16), (1, 2), (3, 4), (2, 3), (1, 1)]
-SHAPES = [(1, 48), (9, 528)]  # more than one tile, and a tail
+SHAPES = [(1, 48), (5, 288)]  # less than one tile; more than one, and a tail
+QUICK = {(2, 4): DTYPES, (4, 8): DTYPES[1:2], (8, 16): DTYPES[:1], (1, 2): DTYPES[2:], (3, 4): DTYPES[1:2],
+         (2, 3): DTYPES[:1], (1, 1): DTYPES[1:2], (None, None): DTYPES[1:2]}  # fmt: skip
+
+
+def each_dtype_and(patterns):
+    """(dtype, n, m): a few of the pairs always, all of them in the slow run."""
+    return [
+        pytest.param(dtype, n, m, marks=() if dtype in QUICK[n, m] else pytest.mark.slow, id=f"{dtype}-{n}:{m}")
+        for dtype in DTYPES
+        for n, m in patterns
+    ]
 
 
 def strided(rows, cols, dtype, seed=0):
@@ -71,8 +87,7 @@ def check_selection(select, prune_, weight, column_scale, gradient, **options):
     assert_bit_equal(pruned, pruned_expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, m", PATTERNS)
+@pytest.mark.parametrize("dtype, n, m", each_dtype_and(PATTERNS))
 def test_nm_choice_is_bit_equal(dtype, n, m):
     which = {(2, 4): "scale gradient", (4, 8): "scale", (3, 4): "gradient"}.get((n, m), "")
     for rows, cols in SHAPES:
@@ -80,17 +95,41 @@ def test_nm_choice_is_bit_equal(dtype, n, m):
         check_selection(select_nm, prune_nm_, weight, *terms(rows, cols, which), n=n, m=m, alpha=100.1)
 
 
+@pytest.mark.parametrize("dtype, n, m", each_dtype_and(PATTERNS))
+def test_pruning_packs_in_the_same_pass(dtype, n, m):
+    """Also where weights that are not zero score zero, and ties decide."""
+    for rows, cols in SHAPES:
+        weight, (column_scale, _) = strided(rows, cols, dtype), terms(rows, cols, "scale")
+        column_scale[::3] = 0
+        fused, apart = device_strided(weight), weight.clone()
+        packed = prune_pack_nm_(fused, *to_device(column_scale), n=n, m=m, backend="triton")
+        bitmask = prune_nm_(apart, column_scale, n=n, m=m, backend="reference")
+        assert_bit_equal(fused, apart)
+        assert_bit_equal(packed.bitmask, bitmask)
+        assert_bit_equal(packed.values, pack(apart, n=n, m=m, backend="reference").values)
+
+
 def test_nm_group_wider_than_the_network_is_refused():
     with pytest.raises(BackendUnavailableError, match="up to 16"):
         select_nm(torch.ones(1, 64, device=DEVICE), n=16, m=32, backend="triton")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("which", ["", "scale", "scale gradient"])
+@pytest.mark.parametrize(
+    "dtype, which",
+    [
+        (torch.float32, "scale gradient"),
+        (torch.bfloat16, ""),  # the low bits of its keys are not searched
+        (torch.float16, "scale"),
+        pytest.param(torch.float32, "", marks=pytest.mark.slow),
+        pytest.param(torch.float16, "", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "scale gradient", marks=pytest.mark.slow),
+        pytest.param(torch.float32, "gradient", marks=pytest.mark.slow),
+    ],
+)
 def test_row_choice_is_bit_equal(dtype, which):
-    for rows, cols in [(3, 7), (2, 1500)]:
+    for rows, cols, keeps in [(3, 7, (0, 3, 7)), (2, 1300, (650,))]:
         weight = strided(rows, cols, dtype)
-        for keep in (0, cols // 2, cols):
+        for keep in keeps:
             check_selection(select_rows, prune_rows_, weight, *terms(rows, cols, which), keep=keep, alpha=100.1)
 
 
@@ -98,12 +137,14 @@ def test_row_choice_is_bit_equal(dtype, which):
 def test_rows_wider_than_one_program_take_the_radix_search(monkeypatch, fill):
     from wandapp.kernels.select import triton_impl
 
-    monkeypatch.setattr(triton_impl, "WIDEST_ROW", 64)
-    weight = strided(2, 9001, torch.bfloat16)
+    for name, value in {"WIDEST_ROW": 64, "WIDE_BLOCK": 256, "WIDE_STEPS": 2}.items():
+        monkeypatch.setattr(triton_impl, name, value)
+    cols = 601  # 3 tiles, 2 counting programs
+    weight = strided(2, cols, torch.bfloat16)
     if fill is not None:
         weight = torch.full_like(weight, fill)  # every key is equal: only the columns decide
-    for keep in (1, 4000, 9001):
-        check_selection(select_rows, prune_rows_, weight, *terms(2, 9001, "scale" if fill is None else ""), keep=keep)
+    for keep in (1, 300) if fill is None else (300, cols):
+        check_selection(select_rows, prune_rows_, weight, *terms(2, cols, "scale" if fill is None else ""), keep=keep)
 
 
 def test_tie_keeps_lower_column():
@@ -117,26 +158,31 @@ def test_tie_keeps_lower_column():
     assert select_rows(weight, keep=5, backend="triton").cpu().equal((torch.arange(32) < 5).expand(2, 32))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_first_nonfinite_score_is_named(value):
-    weight = torch.ones(13, 560)
-    weight[11, 301] = weight[11, 17] = weight[12, 0] = value
-    for choose in (
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), pytest.param(float("inf"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "choose",
+    [
         lambda w: select_nm(w, n=2, m=4, backend="triton"),
         lambda w: select_nm(w, n=3, m=7, backend="triton"),
         lambda w: prune_nm_(w, n=8, m=16, backend="triton"),
         lambda w: prune_rows_(w, keep=5, backend="triton"),
-    ):
-        with pytest.raises(NonFiniteScoreError) as caught:
-            choose(weight.to(DEVICE).clone())
-        assert (caught.value.row, caught.value.column) == (11, 17)
+    ],
+    ids=["2:4", "3:7", "8:16", "rows"],
+)
+def test_first_nonfinite_score_is_named(choose, value):
+    """Tiles run in any order, and a tile may hold several."""
+    weight = torch.ones(7, 336)
+    weight[5, 301] = weight[5, 17] = weight[5, 19] = weight[6, 0] = value
+    with pytest.raises(NonFiniteScoreError) as caught:
+        choose(weight.to(DEVICE))
+    assert (caught.value.row, caught.value.column) == (5, 17)
 
 
 def test_a_nonfinite_score_is_reported_by_its_own_call_only(monkeypatch):
-    from wandapp.kernels.select import triton_impl
+    from wandapp.kernels import triton_groups
 
-    monkeypatch.setattr(triton_impl, "CELLS", 2)
-    monkeypatch.setattr(triton_impl, "_cells", {})
+    monkeypatch.setattr(triton_groups, "CELLS", 2)
+    monkeypatch.setattr(triton_groups, "_cells", {})
     good = torch.ones(2, 16, device=DEVICE)
     bad = torch.full_like(good, float("inf"))
     for _ in range(3):  # beyond the cells of one fill
@@ -157,8 +203,7 @@ def sparse_weight(rows, cols, dtype, n, m):
     return weight
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, m", [*PATTERNS, (None, None)])
+@pytest.mark.parametrize("dtype, n, m", each_dtype_and([*PATTERNS, (None, None)]))
 def test_packed_form_is_bit_equal(dtype, n, m):
     for rows, cols in SHAPES:
         weight = sparse_weight(rows, cols, dtype, n, m)
@@ -205,9 +250,20 @@ def test_compensation_names_the_first_nonfinite_error():
     assert (caught.value.row, caught.value.column) == (30, 5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 37, 65), (1, 1100, 40), (2, 0, 5)])
-def test_sum_of_squares(dtype, shape):
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((1, 1, 1), torch.float32),
+        ((2, 37, 65), torch.bfloat16),
+        ((2, 37, 300), torch.float16),
+        ((1, 1100, 40), torch.float32),
+        ((2, 0, 5), torch.bfloat16),
+        pytest.param((1, 1100, 40), torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param((1, 1100, 40), torch.float16, marks=pytest.mark.slow),
+        pytest.param((2, 37, 300), torch.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_sum_of_squares(shape, dtype):
     torch.manual_seed(0)
     x = torch.randn(shape).to(dtype)
     actual = column_sumsq(x.to(DEVICE), backend="triton").cpu()
@@ -215,12 +271,23 @@ def test_sum_of_squares(dtype, shape):
     assert torch.equal(actual, column_sumsq(x.to(DEVICE), backend="triton").cpu())  # no atomics: equal bits
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, m", [(2, 4), (4, 8), (2, 3), (None, None)])
-@pytest.mark.parametrize("tokens, rows, cols", [(1, 17, 12), (3, 37, 96), (11, 5, 1056), (0, 4, 12), (17, 8, 24)])
+PRODUCTS = [(1, 17, 12), (3, 37, 96), (11, 5, 1056), (0, 4, 12), (17, 8, 24)]  # tokens, rows, cols
+
+
+@pytest.mark.parametrize("dtype, n, m", each_dtype_and([(2, 4), (4, 8), (2, 3), (None, None)]))
+@pytest.mark.parametrize("tokens, rows, cols", PRODUCTS)
 def test_sparse_linear_matches_the_dense_product(dtype, n, m, tokens, rows, cols):
-    if m == 8 and cols % 8:
-        cols += 4
+    check_product(dtype, n, m, tokens, rows, cols + (4 if m == 8 and cols % 8 else 0))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 8, 9, 16])
+@pytest.mark.parametrize("dtype, n", [(torch.bfloat16, 2), (torch.float16, None), (torch.float32, 2)])
+def test_decode_takes_1_to_16_tokens(dtype, n, tokens):
+    """2:4 on the tensor cores, by row offsets, and 2:4 in fp32, which goes the way of the offsets."""
+    check_product(dtype, n, n and 4, tokens, 19, 64)
+
+
+def check_product(dtype, n, m, tokens, rows, cols):
     weight = sparse_weight(rows, cols, dtype, n, m)
     x, bias = torch.randn(tokens, cols).to(dtype), torch.randn(rows).to(dtype)
     packed = pack(weight, n=n, m=m, backend="reference")
@@ -231,3 +298,17 @@ def test_sparse_linear_matches_the_dense_product(dtype, n, m, tokens, rows, cols
     epsilon = torch.finfo(dtype).eps
     scale = x.double().abs() @ weight.double().abs().T + 1
     assert ((actual - expected).abs() <= 2 * epsilon * expected.abs() + 1e-5 * scale + epsilon * 4).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", [(1,), (3, 700)])
+def test_rmsprop_step(shape, dtype):
+    torch.manual_seed(0)
+    weight, mean_square = torch.randn(shape), torch.rand(shape)
+    gradient = torch.randn(shape).to(dtype)
+    ours = to_device(weight, mean_square)
+    rmsprop_(ours[0], gradient.to(DEVICE), ours[1], lr=0.1, backend="triton")
+    v = 0.99 * mean_square.double() + 0.01 * gradient.double() ** 2
+    w = weight.double() - 0.1 * gradient.double() / (v.sqrt() + 1e-8)
+    torch.testing.assert_close(ours[1].cpu().double(), v, rtol=5e-6, atol=5e-7)
+    torch.testing.assert_close(ours[0].cpu().double(), w, rtol=5e-6, atol=5e-7)
