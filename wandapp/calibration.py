@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from wandapp.corpus import Corpus, builtin_text, existing_file, first_line, read_corpus
 from wandapp.errors import WandappError
+from wandapp.memory import kept_pages
 
 __all__ = ["Calibration", "builtin_text", "load_calibration", "save_tokens"]
 
@@ -207,11 +208,11 @@ def _continue(model, tokens: Tensor, seq_len: int, generator) -> Tensor:
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """The model without dropout and gradients; its training flags come back afterwards."""
+    """The model without dropout and gradients, freed activations kept; its training flags come back afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), kept_pages():
             yield
     finally:
         for module in training:
