@@ -53,7 +53,7 @@ def prune(
     method = methods.create(config, ranks)
     store = ModelStore(model, config.pattern, skip=config.skip, device=device)
     calibrated = ranks.first(lambda: _calibrate(calibration, tokenizer, config, model))
-    tokens = calibrated.tokens if method.needs else calibrated.tokens[:1]  # others only probe the error
+    tokens = calibrated.tokens if method.reads_samples else calibrated.tokens[:1]  # others only probe the error
     own = len(range(len(tokens))[ranks.deal(len(tokens))])
     batch_size = min(config.batch_size or _auto_batch_size(device, tokens), max(own, 1))
     report = PruneReport(

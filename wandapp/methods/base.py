@@ -1,7 +1,7 @@
 """The interface of pruning methods, and the one way in which a linear map is pruned by a score.
 
 A score-only method supplies `needs` and `terms`; a method that also changes the kept weights overrides `apply`; a refiner
-wraps a method and overrides `prune_block`.
+(`wandapp.methods.refiner`) wraps a method and improves the block that it pruned.
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +18,8 @@ from wandapp.histograms import BlockHistograms
 from wandapp.kernels.select import prune_nm_, prune_rows_
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements, measure
+
+ERROR_SAMPLES = 4  # leading samples on which a block's error is measured, where their dense outputs are kept
 
 
 class ScoreTerms(NamedTuple):
@@ -56,10 +58,21 @@ class Method:
     """
 
     needs: frozenset[str] = frozenset()  # statistics it reads (wandapp.statistics)
-    compensates = False  # whether `apply` also changes the weights it keeps
+    compensates = False  # whether it also changes the weights it keeps
+    outputs_read: int | None = 1  # leading samples whose dense outputs it reads; None: all
 
     def __init__(self, config: PruneConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
+
+    @property
+    def reads_samples(self) -> bool:
+        """Whether more than the error probes depends on the calibration samples."""
+        return bool(self.needs) or self.outputs_read is None
+
+    @property
+    def scorer(self) -> "Method":
+        """The method whose score chooses: itself, unless it wraps another."""
+        return self
 
     def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
         """Called once, on the dense model in `store`, before any block is pruned; returns the FLOPs it spent.
@@ -80,14 +93,23 @@ class Method:
     def prune_block(self, block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern) -> BlockRecord:
         """Measures the dense block on hidden [samples, seq_len, hidden_size] and prunes it in place."""
         record = BlockRecord(block.name)
-        measured = measure(block, hidden, self.needs, self.ranks, outputs=1, loss=self.config.regional_loss)
+        measured = measure(
+            block, hidden, self.needs, self.ranks, outputs=self.outputs_read, loss=self.config.regional_loss
+        )
         dense, histograms = probe_products(block, measured), BlockHistograms(block)
-        self.apply(block, measured, pattern, record)
-        histograms.score(lambda view: self.checked_terms(view, measured, BlockRecord(block.name)))
+        self.transform(block, hidden, measured, pattern, record)
+        histograms.score(lambda view: self.scorer.checked_terms(view, measured, BlockRecord(block.name)))
         record.layer_errors = layer_errors(block, measured, dense, self.ranks)
-        record.error = block_error(block, hidden, measured.outputs, self.ranks)
         record.histograms = histograms.close()
         return record
+
+    def transform(
+        self, block: DecoderBlock, hidden: Tensor, measured: Measurements, pattern: SparsityPattern, record: BlockRecord
+    ) -> None:
+        """Prunes the block in place and notes its error on the leading samples whose dense outputs were kept."""
+        self.apply(block, measured, pattern, record)
+        probe = measured.outputs[: measured.share.leading(ERROR_SAMPLES)]
+        record.error = block_error(block, hidden, probe, self.ranks)
 
     def checked_terms(self, view: LinearView, measured: Measurements, record: BlockRecord) -> ScoreTerms:
         """The terms of a map, or magnitude's, with a warning, for an expert that no calibration token reached."""

@@ -18,63 +18,33 @@ and the decay 0.99^k of the mean square: to first order k steps of one sample mo
 from itertools import zip_longest
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wandapp.blocks import DecoderBlock, LinearView
-from wandapp.config import PruneConfig
 from wandapp.distributed import Share, even_counts
-from wandapp.histograms import BlockHistograms
 from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.kernels.rmsprop import rmsprop_
-from wandapp.methods.base import BlockRecord, Method, block_error, layer_errors, probe_products
+from wandapp.methods.base import BlockRecord, Method
+from wandapp.methods.refiner import Refinement, Refiner, linear_parameters, output_error
 from wandapp.pattern import SparsityPattern
-from wandapp.statistics import Measurements, measure, token_rms
+from wandapp.statistics import Measurements
 
-ERROR_SAMPLES = 4
 DECAY = 0.99  # of the mean square, per sample
 
 
-class RegionalOptimisation(Method):
-    """Rounds of pruning and of gradient steps on one block; the better of the weights before and after is kept."""
+class RegionalOptimisation(Refiner):
+    """Rounds of pruning and of gradient steps on one block."""
 
-    def __init__(self, config: PruneConfig, method: Method):
-        super().__init__(config, method.ranks)
-        self.method, self.needs = method, method.needs
+    title = "regional optimisation"
 
-    def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
-        return self.method.prepare(store, tokens, hidden)
+    @property
+    def is_idle(self) -> bool:
+        return self.config.ro_rounds == 0
 
-    def prune_block(self, block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern) -> BlockRecord:
-        record = BlockRecord(block.name)
-        measured = measure(block, hidden, self.needs, self.ranks, loss=self.config.regional_loss)
-        probe = measured.outputs[: measured.share.leading(ERROR_SAMPLES)]
-        products, histograms = probe_products(block, measured), BlockHistograms(block)
-        dense = _snapshot(block)
-        self.method.apply(block, measured, pattern, record)
-        histograms.score(lambda view: self.method.checked_terms(view, measured, BlockRecord(block.name)))
-        record.error = block_error(block, hidden, probe, self.ranks)
-        if self.config.ro_rounds:
-            pruned = _snapshot(block)
-            if not self.method.compensates:  # the first round prunes the dense weights, with its own samples' norms
-                _restore(dense)
-            _Optimisation(self.method, block, hidden, measured).run(pattern)
-            self._keep_better(block, hidden, probe, pruned, record)
-        record.layer_errors = layer_errors(block, measured, products, self.ranks)
-        record.histograms = histograms.close()
-        return record
-
-    def _keep_better(
-        self, block: DecoderBlock, hidden: Tensor, probe: Tensor, pruned: dict, record: BlockRecord
-    ) -> None:
-        record.error_before, record.error = record.error, block_error(block, hidden, probe, self.ranks)
-        if record.error <= record.error_before:
-            return
-        record.warnings.append(
-            f"{block.name}: regional optimisation changed the block's error from {record.error_before:.4g} to "
-            f"{record.error:.4g}; the weights before it were kept"
-        )
-        _restore(pruned)
-        record.error = record.error_before
+    def refine(self, block: DecoderBlock, hidden: Tensor, measured: Measurements, refinement: Refinement) -> None:
+        if not self.method.compensates:  # the first round prunes the dense weights, with its own samples' norms
+            refinement.dense.restore()
+        _Optimisation(self.scorer, block, hidden, measured).run(refinement.pattern)
 
 
 class _Optimisation:
@@ -83,7 +53,7 @@ class _Optimisation:
     def __init__(self, method: Method, block: DecoderBlock, hidden: Tensor, measured: Measurements):
         self.method, self.block, self.hidden, self.measured = method, block, hidden, measured
         self.config, self.ranks = method.config, method.ranks
-        self.parameters = _parameters(block)
+        self.parameters = linear_parameters(block)
         self.masters = {p: p.data if p.dtype == torch.float32 else p.data.float() for p in self.parameters}
         self.mean_square = {p: torch.zeros_like(master) for p, master in self.masters.items()}
         self.learning_rate = {p: self._learning_rate(master, p.dtype) for p, master in self.masters.items()}
@@ -136,13 +106,8 @@ class _Optimisation:
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
             output = self.block.watch(self.hidden[row : row + 1], refresh_norm)
-            loss = self._loss(output.float(), self.measured.outputs[row : row + 1].float())
+            loss = output_error(output, self.measured.outputs[row : row + 1], self.config.ro_loss).sum()
             self.block.backward(loss, tokens=output.shape[1])
-
-    def _loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """||f(x) - f_pruned(x)||^2; "token": each token's error divided by the RMS of its target."""
-        error = output - target
-        return (error if self.config.ro_loss == "frobenius" else error / token_rms(target)).square().sum()
 
     def _learning_rate(self, master: Tensor, storage: torch.dtype) -> float:
         """Step size of one parameter.
@@ -172,16 +137,3 @@ def draw(share: Share, samples: int, generator: torch.Generator) -> list[Tensor]
         start + torch.randperm(count, generator=generator)[:number]
         for start, count, number in zip(starts, share.counts, drawn, strict=True)
     ]
-
-
-def _parameters(block: DecoderBlock) -> list[nn.Parameter]:
-    return list(dict.fromkeys(view.parameter for view in block.linears.values()))
-
-
-def _snapshot(block: DecoderBlock) -> dict[nn.Parameter, Tensor]:
-    return {parameter: parameter.data.clone() for parameter in _parameters(block)}
-
-
-def _restore(snapshot: dict[nn.Parameter, Tensor]) -> None:
-    for parameter, value in snapshot.items():
-        parameter.data.copy_(value)

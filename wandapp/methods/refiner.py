@@ -1,0 +1,104 @@
+"""What refiners share: they wrap a method (or another refiner), improve the block it pruned, and keep the better weights.
+
+`method+first+second` is second(first(method)): each refines what the one inside it left. A refiner supplies `refine`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wandapp.blocks import DecoderBlock
+from wandapp.config import PruneConfig
+from wandapp.methods.base import ERROR_SAMPLES, BlockRecord, Method, block_error
+from wandapp.pattern import SparsityPattern
+from wandapp.statistics import Measurements, token_rms
+
+
+class Snapshot:
+    """Values of parameters, to be put back."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.values = {parameter: parameter.data.clone() for parameter in parameters}
+
+    def restore(self) -> None:
+        for parameter, value in self.values.items():
+            parameter.data.copy_(value)
+
+
+@dataclass
+class Refinement:
+    """What a refiner may use beside the measurements: the pattern, and the weights before any pruning."""
+
+    pattern: SparsityPattern
+    dense: Snapshot | None
+
+
+class Refiner(Method):
+    """Wraps `method`; the better of the block's weights before and after it is kept, by the error on the leading samples."""
+
+    compensates = True
+    outputs_read = None  # all: they are what it optimises for
+    title = "refinement"  # in warnings
+
+    def __init__(self, config: PruneConfig, method: Method):
+        super().__init__(config, method.ranks)
+        self.method, self.needs = method, method.needs
+
+    @property
+    def scorer(self) -> Method:
+        return self.method.scorer
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether its options leave it nothing to do."""
+        return False
+
+    def refine(self, block: DecoderBlock, hidden: Tensor, measured: Measurements, refinement: Refinement) -> None:
+        """Improves the pruned block in place; measured.outputs holds the dense outputs of all of this rank's samples."""
+        raise NotImplementedError(f"{type(self).__name__} refines nothing")
+
+    def parameters(self, block: DecoderBlock) -> list[nn.Parameter]:
+        """What it changes."""
+        return linear_parameters(block)
+
+    def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
+        return self.method.prepare(store, tokens, hidden)
+
+    def transform(
+        self, block: DecoderBlock, hidden: Tensor, measured: Measurements, pattern: SparsityPattern, record: BlockRecord
+    ) -> None:
+        dense = None if self.method.compensates or self.is_idle else Snapshot(linear_parameters(block))
+        self.method.transform(block, hidden, measured, pattern, record)
+        if self.is_idle:
+            return
+        before = Snapshot(self.parameters(block))
+        self.refine(block, hidden, measured, Refinement(pattern, dense))
+        self._keep_better(block, hidden, measured, before, record)
+
+    def _keep_better(
+        self, block: DecoderBlock, hidden: Tensor, measured: Measurements, before: Snapshot, record: BlockRecord
+    ) -> None:
+        probe = measured.outputs[: measured.share.leading(ERROR_SAMPLES)]
+        earlier, error = record.error, block_error(block, hidden, probe, self.ranks)
+        record.error_before = earlier if record.error_before is None else record.error_before
+        if error <= earlier:
+            record.error = error
+            return
+        record.warnings.append(
+            f"{block.name}: {self.title} changed the block's error from {earlier:.4g} to {error:.4g}; the weights before "
+            "it were kept"
+        )
+        before.restore()
+
+
+def linear_parameters(block: DecoderBlock) -> list[nn.Parameter]:
+    """The stored tensors of the linear maps to prune; experts share one."""
+    return list(dict.fromkeys(view.parameter for view in block.linears.values()))
+
+
+def output_error(output: Tensor, target: Tensor, kind: str) -> Tensor:
+    """Squared error [..., hidden_size] fp32 of a block's outputs; "token": each token's error divided by its target's RMS."""
+    output, target = output.float(), target.float()
+    error = output - target
+    return torch.square(error if kind == "frobenius" else error / token_rms(target))
