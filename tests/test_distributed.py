@@ -14,6 +14,7 @@ from wandapp import distributed
 from wandapp.distributed import Share, even_counts
 from wandapp.errors import WandappError
 from wandapp.methods.wanda import Wanda
+from wandapp.models import resolve_device
 from wandapp.pipeline import prune
 from wandapp.report import MachineRate
 
@@ -203,3 +204,29 @@ def test_ranks_whose_weights_differ_are_told_apart_by_block(tiny_model, tmp_path
     ended = harness.run_ranks(2, work, tmp_path, timeout=20)
     assert [end.code for end in ended] == [2, 2]
     assert ended[0].said[0].startswith("model.layers.1: rank 1 computed other weights than rank 0")
+
+
+@pytest.mark.parametrize(
+    "name, gpus, local_rank, device",
+    [
+        ("auto", 4, 2, "cuda:2"),
+        ("cuda", 4, 0, "cuda:0"),
+        ("cuda", 1, 2, "cuda"),  # the launcher shows each rank its own
+        ("auto", 0, 2, "cpu"),
+        ("cpu", 4, 2, "cpu"),
+    ],
+)
+def test_each_rank_gets_a_gpu_of_its_own(monkeypatch, name, gpus, local_rank, device):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert str(resolve_device(name)) == device
+
+
+@pytest.mark.parametrize("name, message", [("cuda:1", "each gets its own"), ("cuda", "2 CUDA devices are visible")])
+def test_ranks_that_would_share_a_gpu_are_refused(monkeypatch, name, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(WandappError, match=message):
+        resolve_device(name)

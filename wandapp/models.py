@@ -30,6 +30,7 @@ from wandapp.hub import download
 MAX_SHARD_SIZE = "5GB"  # small enough for every file system and for a download that resumes
 MAX_BUFFER_BYTES = 64 << 20  # of what a model computes from its config; rotary frequencies take a few kilobytes
 PACKED_MANIFEST = "wandapp/packed.json"  # in the folder of a packed checkpoint
+_RANK_VARIABLES = (("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # which torchrun sets
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 # What the readers of a damaged file raise; anything else is a mistake of ours and keeps its traceback.
@@ -111,12 +112,20 @@ def resolve_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if count else "cpu"
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if name == "cuda" and local_rank and count != 1:  # one visible device: the launcher gave each rank its own
-        name = f"cuda:{local_rank}"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise WandappError(f"device {name} is not here ({count} CUDA devices are visible); use --device cpu or auto")
+    if device.type == "cpu":
+        return device
+    ranks, local_rank = (int(os.environ.get(key, default)) for key, default in _RANK_VARIABLES)
+    if ranks > 1 and device.index is not None:
+        raise WandappError(
+            f"device {name} is one GPU, and {ranks} ranks run here; use --device cuda: each gets its own"
+        )
+    if ranks > 1 and count > 1:  # where only one is visible the launcher has given each rank its own
+        device = torch.device("cuda", local_rank)
+    if (device.index or 0) >= count:
+        raise WandappError(
+            f"device {device} is not here ({count} CUDA devices are visible); use --device cpu, or fewer ranks"
+        )
     return device
 
 
