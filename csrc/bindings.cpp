@@ -62,25 +62,26 @@ void pack_nonzeros(const PackArgs& args, Address row_offsets, int threads, const
   kernels_of(isa).pack_nonzeros(args, at<int64_t>(row_offsets), threads);
 }
 
-PackedWeight make_packed_weight(Address values, Address bitmask, Address row_offsets, int64_t values_per_row, int dtype,
-                                int64_t rows, int64_t cols) {
-  return {at<void>(values), at<uint8_t>(bitmask), at<int64_t>(row_offsets), values_per_row, Dtype(dtype), rows, cols};
+PackedWeight make_packed_weight(Address values, Address bitmask, Address row_offsets, Address scale, int64_t value_count,
+                                int64_t n, int64_t m, int dtype, int64_t rows, int64_t cols) {
+  return {at<void>(values), at<uint8_t>(bitmask), at<int64_t>(row_offsets), at<float>(scale), value_count, n, m,
+          Dtype(dtype),     rows,                 cols};
 }
 
-void unpack(const PackedWeight& packed, int64_t first_row, int64_t end_row, Address out, int threads,
+void unpack(const PackedWeight& packed, int dtype, int64_t first_row, int64_t end_row, Address out, int threads,
             const std::string& isa) {
-  kernels_of(isa).unpack(packed, first_row, end_row, at<void>(out), threads);
+  kernels_of(isa).unpack(packed, Dtype(dtype), first_row, end_row, at<void>(out), threads);
 }
 
-void sparse_linear(const PackedWeight& packed, Address x, int64_t tokens, Address bias, Address y, int threads,
-                   const std::string& isa) {
-  kernels_of(isa).sparse_linear(packed, {at<void>(x), tokens, at<void>(bias), at<void>(y)}, threads);
+void sparse_linear(const PackedWeight& packed, int dtype, Address x, int64_t tokens, Address bias, Address y,
+                   int threads, const std::string& isa) {
+  kernels_of(isa).sparse_linear(packed, {Dtype(dtype), at<void>(x), tokens, at<void>(bias), at<void>(y)}, threads);
 }
 
 void dense_linear(Address weight, int dtype, int64_t rows, int64_t cols, Address x, Address bias, Address y, int threads,
                   const std::string& isa) {
-  const LinearArgs args{at<void>(x), 1, at<void>(bias), at<void>(y)};
-  kernels_of(isa).dense_linear(at<void>(weight), Dtype(dtype), rows, cols, args, threads);
+  const LinearArgs args{Dtype(dtype), at<void>(x), 1, at<void>(bias), at<void>(y)};
+  kernels_of(isa).dense_linear(at<void>(weight), rows, cols, args, threads);
 }
 
 void rmsprop(Address weight, Address gradient, int dtype, Address mean_square, int64_t count, float lr, float decay,
@@ -105,9 +106,10 @@ PYBIND11_MODULE(_C, module) {
   py::class_<PackArgs>(module, "PackArgs")
       .def(py::init(&make_pack_args), py::arg("weight"), py::arg("weight_stride"), py::arg("dtype"), py::arg("rows"),
            py::arg("cols"), py::arg("values"), py::arg("bitmask"));
-  py::class_<PackedWeight>(module, "PackedWeight", "row_offsets 0: every row holds values_per_row values")
+  py::class_<PackedWeight>(module, "PackedWeight", "m 0: unstructured, with row_offsets")
       .def(py::init(&make_packed_weight), py::arg("values"), py::arg("bitmask"), py::arg("row_offsets"),
-           py::arg("values_per_row"), py::arg("dtype"), py::arg("rows"), py::arg("cols"));
+           py::arg("scale"), py::arg("value_count"), py::arg("n"), py::arg("m"), py::arg("dtype"), py::arg("rows"),
+           py::arg("cols"));
 
   using ReleaseGil = py::call_guard<py::gil_scoped_release>;
   module.def("column_sumsq", &column_sumsq, ReleaseGil());

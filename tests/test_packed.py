@@ -211,7 +211,7 @@ def first_linear(manifest: dict) -> dict:
 
 
 MANIFEST_DAMAGE = {
-    "version": (lambda m: m.update(version=2), "version: input should be 1"),
+    "version": (lambda m: m.update(version=3), "version: input should be 1 or 2"),
     "no version": (lambda m: m.pop("version"), "version: field required"),
     "format": (lambda m: m.update(format="other"), "format: input should be 'wandapp-packed'"),
     "unknown key": (lambda m: m.update(extra=1), "extra: extra inputs"),

@@ -18,6 +18,9 @@ def pack_command(
     out: Annotated[Path, typer.Argument(help="folder for the packed checkpoint")],
     sparsity: Annotated[str | None, typer.Option(help="pattern it holds; left out: the folder's own recipe")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="regular expression of linear maps kept dense")] = None,
+    storage: Annotated[
+        str, typer.Option(help="same, or int8: a byte per kept weight and a scale per row; lossy")
+    ] = "same",
     overwrite: Overwrite = False,
     push_to_hub: PushToHub = None,
     private: Private = False,
@@ -26,7 +29,7 @@ def pack_command(
     """Store a pruned checkpoint as kept weights and bitmasks, about half the size."""
     output = Output(json_only)
     cli_hub.check_push(push_to_hub)
-    sizes = pack_and_show(folder, out, output, sparsity, tuple(skip) if skip else None, overwrite)
+    sizes = pack_and_show(folder, out, output, sparsity, tuple(skip) if skip else None, overwrite, storage)
     output.finish({**sizes, **cli_hub.push_and_show(out, push_to_hub, private, output)})
 
 
@@ -37,12 +40,14 @@ def pack_and_show(
     sparsity: str | None = None,
     skip: tuple[str, ...] | None = None,
     overwrite: bool = False,
+    storage: str = "same",
 ) -> dict[str, Any]:
     """Pack `folder` into `out`, showing the file in work and then the sizes; the figures."""
     from wandapp.packing import pack_checkpoint
 
     with output.progress("packing: file") as update:
-        summary = pack_checkpoint(folder, out, sparsity=sparsity, skip=skip, overwrite=overwrite, on_progress=update)
+        options = {"sparsity": sparsity, "skip": skip, "storage": storage, "overwrite": overwrite}
+        summary = pack_checkpoint(folder, out, **options, on_progress=update)
     if summary.negative_zeros:
         output.warn(f"{summary.negative_zeros} weights were -0.0; unpacked they are +0.0")
     return _show(summary, out, output)
@@ -67,12 +72,14 @@ def unpack_command(
     overwrite: Overwrite = False,
     json_only: Json = False,
 ) -> None:
-    """Restore the dense checkpoint that was packed, bit for bit."""
+    """Restore the dense checkpoint that was packed: bit for bit, or from int8 storage its rounded weights."""
     from wandapp.packing import unpack_checkpoint
 
     output = Output(json_only)
     with output.progress("unpacking: file") as update:
         summary = unpack_checkpoint(packed, out, overwrite=overwrite, on_progress=update)
+    if summary.storage == "int8":
+        output.warn("int8 storage is lossy: these are the rounded weights, not those that were packed")
     output.finish(_show(summary, out, output))
 
 
@@ -82,10 +89,18 @@ def _show(summary: Any, out: Path, output: Output) -> dict[str, Any]:
             "pattern": f"{summary.pattern}, {summary.linears} linear maps packed, {summary.kept_dense} tensors dense",
             "linear maps": _sizes(summary.linear_dense_bytes, summary.linear_packed_bytes),
             "all tensors": _sizes(summary.dense_bytes, summary.packed_bytes),
+            **_rounding(summary),
             "saved": str(out),
         }
     )
     return {"out": str(out), **vars(summary)}
+
+
+def _rounding(summary: Any) -> dict[str, str]:
+    if summary.worst_error is None:
+        return {}
+    worst = f"worst {summary.worst_error:.2%} in {summary.worst_linear}"
+    return {"rounded to int8": f"||W - W'|| / ||W|| is {summary.mean_error:.2%} in the mean, {worst}"}
 
 
 def _sizes(dense: int, packed: int) -> str:

@@ -103,10 +103,10 @@ def _linears_by_expert(checkpoint: PackedCheckpoint, pieces: Pieces) -> list[lis
 
 
 def _copied(packed: Packed, dtype: torch.dtype) -> Packed:
-    """A copy, so that nothing depends on the file any more."""
-    offsets = None if packed.row_offsets is None else packed.row_offsets.clone()
-    values = packed.values.to(dtype, copy=True)
-    return packed._replace(values=values, bitmask=packed.bitmask.clone(), row_offsets=offsets)
+    """A copy, so that nothing depends on the file any more; values in `dtype`, but int8 stays int8."""
+    values, bitmask, offsets, scale = (None if part is None else part.clone() for part in packed.parts)
+    values = values if scale is not None else values.to(dtype)
+    return packed._replace(values=values, bitmask=bitmask, row_offsets=offsets, scale=scale)
 
 
 def _dense(checkpoint: PackedCheckpoint, pieces: Pieces) -> Tensor:

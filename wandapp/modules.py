@@ -18,8 +18,8 @@ from wandapp.kernels.sparse_linear import sparse_linear
 class SparseLinear(nn.Module):
     """y = x W^T + bias for a packed W [out_features, in_features]; takes the place of nn.Linear or GPT-2's Conv1D.
 
-    Buffers `values`, `bitmask` and, when unstructured, `row_offsets` are named as in the packed checkpoint. For
-    inference: the weight has no gradient.
+    Buffers `values`, `bitmask`, when unstructured `row_offsets` and with int8 values `scale` are named as in the packed
+    checkpoint. For inference: the weight has no gradient.
 
     transposed  the dense model stores this weight as [in, out]
     """
@@ -32,14 +32,15 @@ class SparseLinear(nn.Module):
         self.register_buffer("values", packed.values)
         self.register_buffer("bitmask", packed.bitmask)
         self.register_buffer("row_offsets", packed.row_offsets)
+        self.register_buffer("scale", packed.scale)
         self.register_parameter("bias", bias)
-        self._run, self._run_values, self._run_bias = None, None, None  # what `forward` calls, and what it was made for
+        self._forget()
 
     @property
     def packed(self) -> Packed:
         parts = self._buffers
         shape = (self.out_features, self.in_features)
-        return Packed(parts["values"], parts["bitmask"], parts["row_offsets"], shape, self.pattern)
+        return Packed(parts["values"], parts["bitmask"], parts["row_offsets"], shape, self.pattern, parts["scale"])
 
     def forward(self, x: Tensor) -> Tensor:
         values = self._buffers["values"]
@@ -47,7 +48,7 @@ class SparseLinear(nn.Module):
             self._run_values is not values
             or self._run_bias is not self._parameters["bias"]
             or torch.compiler.is_compiling()
-            or x.dtype is not values.dtype
+            or x.dtype is not self._run_dtype
             or x.shape[-1] != self.in_features
             or x.device != values.device
         ):
@@ -59,12 +60,21 @@ class SparseLinear(nn.Module):
         packed, bias = self.packed, self.bias
         y = sparse_linear(x, packed, bias)
         if not torch.compiler.is_compiling():
-            self._run, self._run_values, self._run_bias = _prepared(packed, bias), packed.values, bias
+            self._run = _prepared(packed, bias, x.dtype)
+            self._run_values, self._run_bias, self._run_dtype = packed.values, bias, x.dtype
         return y
 
+    def _forget(self) -> None:
+        """No prepared call: `_run` is what `forward` calls, the others say what it was made for."""
+        self._run = self._run_values = self._run_bias = self._run_dtype = None
+
     def _apply(self, fn, recurse=True):
-        self._run = self._run_values = self._run_bias = None  # the memory may change
-        return super()._apply(fn, recurse)
+        self._forget()  # the memory may change
+        scale = self._buffers["scale"]
+        super()._apply(fn, recurse)
+        if scale is not None and self.scale.dtype != scale.dtype:  # model.bfloat16() must not round it
+            self.scale = scale.to(self.scale.device)
+        return self
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -83,9 +93,9 @@ class SparseLinear(nn.Module):
             f"a packed weight multiplies from the right, by linear or @; {function.__name__} needs it dense"
         )
 
-    def to_dense(self) -> Tensor:
-        """Weight [out_features, in_features]."""
-        return unpack(self.packed)
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Weight [out_features, in_features]; of int8 values in `dtype`, None = float32."""
+        return unpack(self.packed, dtype=None if self.scale is None else dtype)
 
     def kernel(self, tokens: int) -> str:
         """Name of what multiplies that many tokens here."""
@@ -98,20 +108,23 @@ class SparseLinear(nn.Module):
 
         isa = instruction_set(None)
         isa = _C.best_isa() if isa == "auto" else isa
-        return f"packed, {isa}" if tokens <= MAX_PACKED_TOKENS else "panels unpacked, dense product"
+        if tokens > MAX_PACKED_TOKENS:
+            return "panels unpacked, dense product"
+        return f"packed, {isa}" if self.scale is None else f"packed int8, {isa}"
 
     def extra_repr(self) -> str:
         pattern = "unstructured" if self.pattern is None else "{}:{}".format(*self.pattern)
-        return f"{self.in_features}, {self.out_features}, {pattern}, bias={self.bias is not None}"
+        values = str(self.values.dtype).removeprefix("torch.")
+        return f"{self.in_features}, {self.out_features}, {pattern}, {values}, bias={self.bias is not None}"
 
 
-def _prepared(packed: Packed, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """sparse_linear on this weight, without the checks and look-ups of every call; the same launcher runs."""
+def _prepared(packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """sparse_linear of x in `dtype`, without the checks and look-ups of every call; the same launcher runs."""
     launch = dispatch.launcher("sparse_linear", packed.values.device)
     if dispatch.choose("sparse_linear", packed.values.device.type) == "cpu":
         from wandapp.kernels.sparse_linear.cpu import prepare_cpu
 
-        return prepare_cpu(packed, bias)
+        return prepare_cpu(packed, bias, dtype)
     rows, cols = packed.shape
     return lambda x: launch(x.view(-1, cols), packed, bias).view(*x.shape[:-1], rows)
 

@@ -6,6 +6,7 @@
 
 A linear map NAME is stored as NAME.values, NAME.bitmask and, when unstructured, NAME.row_offsets (see
 `wandapp.kernels.pack`); all other tensors keep the names they have in the dense checkpoint. Tied weights are stored once.
+With storage int8 (format version 2; lossy) the values are int8 and NAME.scale holds one fp32 per row.
 
 Reading trusts nothing: every size is checked against the files before memory is taken for it, and every bitmask against
 its values before a kernel sees it. `wandapp.packing` writes.
@@ -19,7 +20,7 @@ from typing import Literal, NamedTuple
 
 import numpy
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -29,10 +30,18 @@ from wandapp.kernels.pack import Packed, unpack
 from wandapp.models import PACKED_MANIFEST
 from wandapp.pattern import SparsityPattern
 
-FORMAT, VERSION = "wandapp-packed", 1
+FORMAT = "wandapp-packed"
+VERSIONS = {"same": 1, "int8": 2}  # by storage of the linear maps: who reads version 1 alone reads all but int8
 MAX_MANIFEST_BYTES = 32 << 20
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I64": torch.int64}
-_READ_DTYPES = _DTYPES | {"F64": torch.float64, "I32": torch.int32, "I8": torch.int8, "BOOL": torch.bool}
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+    "I8": torch.int8,
+}
+_READ_DTYPES = _DTYPES | {"F64": torch.float64, "I32": torch.int32, "BOOL": torch.bool}
 
 
 class PackedLinear(BaseModel):
@@ -40,6 +49,8 @@ class PackedLinear(BaseModel):
 
     tensor      its name in the dense checkpoint; `name` is that without ".weight", or with the expert's index appended
     shape       (out_features, in_features)
+    dtype       of the dense checkpoint's tensor
+    storage     "same": values have that dtype; "int8": they are int8, and the weights are scale[row] * value
     transposed  True where the dense checkpoint stores [in, out]
     index       the expert's index where `tensor` is 3-D, else None
     """
@@ -52,10 +63,12 @@ class PackedLinear(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"]
     transposed: bool = False
     index: int | None = Field(default=None, ge=0)
+    storage: Literal["same", "int8"] = "same"
 
     @property
     def parts(self) -> list[str]:
-        return [f"{self.name}.{part}" for part in ("values", "bitmask", "row_offsets")]
+        """Names of the tensors that may hold it, in the order of `Packed.parts`."""
+        return [f"{self.name}.{part}" for part in ("values", "bitmask", "row_offsets", "scale")]
 
 
 class Manifest(BaseModel):
@@ -64,11 +77,18 @@ class Manifest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     format: Literal[FORMAT]
-    version: Literal[VERSION]
+    version: Literal[1, 2]
     pattern: str
     files: list[str]
     linears: list[PackedLinear]
     dense: list[str]
+
+    @model_validator(mode="after")
+    def _storage_needs_its_version(self) -> "Manifest":
+        for linear in self.linears:
+            if VERSIONS[linear.storage] > self.version:
+                raise ValueError(f"{linear.name}: storage {linear.storage} needs version {VERSIONS[linear.storage]}")
+        return self
 
 
 class TensorInfo(NamedTuple):
@@ -146,9 +166,10 @@ class PackedCheckpoint:
     def read_linear(self, name: str) -> Packed:
         """The packed linear map `name`, after its bitmask was checked against its values; mapped from the file."""
         linear = self.linears[name]
-        values, bitmask, *offsets = [self.files.read(part) for part in self._parts(linear)]
-        packed = Packed(values, bitmask, offsets[0] if offsets else None, linear.shape, self._nm)
-        fault = bitmask_fault(packed)
+        stored = set(self._parts(linear))
+        parts = [self.files.read(part) if part in stored else None for part in linear.parts]
+        packed = Packed(*parts[:3], linear.shape, self._nm, parts[3])
+        fault = bitmask_fault(packed) or scale_fault(packed)
         if fault:
             raise WandappError(f"{self.folder}: {name}: {fault}; fetch or pack the checkpoint again")
         return packed
@@ -158,7 +179,7 @@ class PackedCheckpoint:
         linears = sorted(self.tensors[name], key=lambda linear: linear.index or 0)
         if not linears:
             return self.files.read(name)
-        weights = [unpack(self.read_linear(linear.name)) for linear in linears]
+        weights = [unpack(self.read_linear(linear.name), dtype=getattr(torch, linear.dtype)) for linear in linears]
         stored = [weight.T if linears[0].transposed else weight for weight in weights]
         return stored[0].contiguous() if linears[0].index is None else torch.stack(stored)
 
@@ -187,11 +208,19 @@ class PackedCheckpoint:
         return self.files.infos[linears[0].parts[0] if linears else name].path
 
     @property
+    def storage(self) -> str:
+        """How the linear maps are stored: "int8" where any is."""
+        return "int8" if any(linear.storage == "int8" for linear in self.linears.values()) else "same"
+
+    @property
     def _nm(self) -> tuple[int, int] | None:
         return (self.pattern.n, self.pattern.m) if self.pattern.is_structured else None
 
     def _parts(self, linear: PackedLinear) -> list[str]:
-        return linear.parts[:2] if self.pattern.is_structured else linear.parts
+        """Names of the tensors that hold it."""
+        values, bitmask, row_offsets, scale = linear.parts
+        parts = [values, bitmask] + ([] if self.pattern.is_structured else [row_offsets])
+        return parts + ([scale] if linear.storage == "int8" else [])
 
     def _path_of(self, name: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.safetensors", name):
@@ -209,7 +238,7 @@ class PackedCheckpoint:
             raise WandappError(f"{self.folder}: the packed checkpoint {fault}; fetch or pack it again")
         for tensor, linears in self.tensors.items():
             indices = sorted(-1 if linear.index is None else linear.index for linear in linears)
-            alike = len({(linear.shape, linear.dtype, linear.transposed) for linear in linears}) == 1
+            alike = len({(linear.shape, linear.dtype, linear.transposed, linear.storage) for linear in linears}) == 1
             if not alike or indices not in ([-1], list(range(len(linears)))):
                 raise WandappError(f"{self.folder}: the linear maps of {tensor} do not make one tensor; pack it again")
 
@@ -220,10 +249,16 @@ class PackedCheckpoint:
             raise WandappError(f"{self.folder}: {linear.name} has shape {list(linear.shape)}; both must be positive")
         self.pattern.require_fit(linear.name, cols)
         values = (rows, self.pattern.keep(cols)) if self.pattern.is_structured else None
-        for part, dtype, expected in zip(
-            self._parts(linear), (linear.dtype, "uint8", "int64"), (values, (rows, (cols + 7) // 8), (rows + 1,)),
-            strict=False,
-        ):  # fmt: skip
+        value_dtype = "int8" if linear.storage == "int8" else linear.dtype
+        rules = [
+            (value_dtype, values),
+            ("uint8", (rows, (cols + 7) // 8)),
+            ("int64", (rows + 1,)),
+            ("float32", (rows,)),
+        ]
+        rule_of = dict(zip(linear.parts, rules, strict=True))
+        for part in self._parts(linear):
+            dtype, expected = rule_of[part]
             _, stored_dtype, shape = self.files.infos[part]
             found = str(_DTYPES.get(stored_dtype, stored_dtype)).removeprefix("torch.")
             if found != dtype or (len(shape) != 1 if expected is None else shape != expected):
@@ -262,6 +297,15 @@ def bitmask_fault(packed: Packed) -> str | None:
     if offsets[-1] != len(packed.values):
         return f"the bitmask has {offsets[-1]} bits for {len(packed.values)} values"
     return None
+
+
+def scale_fault(packed: Packed) -> str | None:
+    """Why scale and int8 values are none that packing writes, or None."""
+    if packed.scale is None:
+        return None
+    if not bool((packed.scale.isfinite() & (packed.scale >= 0)).all()):
+        return "a scale is negative or not finite"
+    return "a value is -128, which the storage never holds" if bool((packed.values == -128).any()) else None
 
 
 def _holds_exactly(bitmask: numpy.ndarray, cols: int, n: int, m: int) -> bool:

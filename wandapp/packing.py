@@ -16,11 +16,12 @@ from wandapp.blocks import LinearView, find_blocks, find_linears
 from wandapp.card import PACKED_NOTE
 from wandapp.config import PruneConfig
 from wandapp.conversion import Home, tensor_homes
-from wandapp.errors import WandappError
+from wandapp.errors import WandappError, nearest
 from wandapp.kernels.pack import Packed, pack
+from wandapp.kernels.pack.int8 import relative_error, to_int8
 from wandapp.memory import give_back
 from wandapp.models import PACKED_MANIFEST, checkpoint_files, output_folder, skeleton
-from wandapp.packed import FORMAT, VERSION, Manifest, PackedCheckpoint, PackedLinear, TensorFiles, TensorInfo
+from wandapp.packed import FORMAT, VERSIONS, Manifest, PackedCheckpoint, PackedLinear, TensorFiles, TensorInfo
 from wandapp.pattern import SparsityPattern
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -28,9 +29,14 @@ _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msg
 
 @dataclass
 class PackSummary:
-    """What packing or unpacking did. Bytes are those of all tensors; linear_* count the packed linear maps alone."""
+    """What packing or unpacking did. Bytes are those of all tensors; linear_* count the packed linear maps alone.
+
+    mean_error, worst_error   of packing to int8: ||W - W'|| / ||W||, mean over the linear maps and the largest, which is
+                              that of worst_linear; None where the packed form holds the weights exactly
+    """
 
     pattern: str
+    storage: str = "same"
     linears: int = 0
     kept_dense: int = 0
     negative_zeros: int = 0
@@ -38,6 +44,9 @@ class PackSummary:
     packed_bytes: int = 0
     linear_dense_bytes: int = 0
     linear_packed_bytes: int = 0
+    mean_error: float | None = None
+    worst_error: float | None = None
+    worst_linear: str | None = None
 
     def add_linears(self, count: int, dense_bytes: int, packed_bytes: int) -> None:
         self.linears += count
@@ -45,6 +54,12 @@ class PackSummary:
         self.linear_dense_bytes += dense_bytes
         self.packed_bytes += packed_bytes
         self.linear_packed_bytes += packed_bytes
+
+    def add_error(self, name: str, error: float) -> None:
+        """Of a linear map that `add_linears` has counted already."""
+        self.mean_error = ((self.mean_error or 0.0) * (self.linears - 1) + error) / self.linears
+        if self.worst_error is None or error > self.worst_error:
+            self.worst_error, self.worst_linear = error, name
 
     def add_dense(self, tensor: Tensor) -> None:
         self.kept_dense += 1
@@ -69,23 +84,27 @@ def pack_checkpoint(
     *,
     sparsity: str | SparsityPattern | None = None,
     skip: tuple[str, ...] | None = None,
+    storage: str = "same",
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> PackSummary:
     """Packs the pruned checkpoint in folder `source` into the new folder `out`; returns the sizes.
 
     sparsity, skip   what was pruned; None: what the folder's wandapp/recipe.yaml says
+    storage          "same": kept weights as they are; "int8": rounded to 127 steps of their row's largest, lossy
     on_progress      called with (files written, files in all)
     raises           WandappError, and TooManyNonZerosError where a linear map does not hold the pattern
     """
     source = Path(source)
+    if storage not in VERSIONS:
+        raise WandappError(f"unknown storage {storage!r}; {nearest(storage, VERSIONS)}")
     pattern, skip = _what_was_pruned(source, sparsity, skip)
     files = TensorFiles(checkpoint_files(source))
     model = skeleton(source, max_blocks=len(files.infos))
     with output_folder(out, overwrite) as partial:
         _copy_companions(source, partial)
         add_recipe(partial, pattern, skip)
-        return write_packed(partial, model, files, pattern, skip, source, on_progress)
+        return write_packed(partial, model, files, pattern, skip, source, storage, on_progress)
 
 
 def write_packed(
@@ -95,6 +114,7 @@ def write_packed(
     pattern: SparsityPattern,
     skip: tuple[str, ...],
     place: str | Path,
+    storage: str = "same",
     on_progress: Progress | None = None,
 ) -> PackSummary:
     """Writes the packed form of a dense checkpoint's `tensors`, a file per block; returns the sizes.
@@ -103,14 +123,21 @@ def write_packed(
     place   what errors say the tensors belong to
     """
     plan = _Plan.of(model, tensors, pattern, skip, place)
-    summary = PackSummary(str(pattern))
+    summary = PackSummary(str(pattern), storage)
     packed = [_packed_group(group, plan, tensors, pattern, summary) for group in plan.groups]
     names = write_shards(folder, "packed", packed, on_progress)
     manifest = Manifest(
-        format=FORMAT, version=VERSION, pattern=str(pattern), files=list(names), linears=plan.entries, dense=plan.dense
+        format=FORMAT,
+        version=VERSIONS[storage],
+        pattern=str(pattern),
+        files=list(names),
+        linears=plan.entries,
+        dense=plan.dense,
     )
     (folder / PACKED_MANIFEST).parent.mkdir(exist_ok=True)
-    (folder / PACKED_MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (folder / PACKED_MANIFEST).write_text(
+        manifest.model_dump_json(indent=1, exclude_defaults=True) + "\n", encoding="utf-8"
+    )
     return summary
 
 
@@ -242,8 +269,12 @@ def _packed_group(
             continue
         for view in plan.views[tensor]:
             weight = view.of(stored)  # [out, in]
-            packed = _pack_view(view.name, weight, pattern)
-            summary.add_linears(1, weight.nbytes, sum(part.nbytes for part in packed[:3] if part is not None))
+            packed = exact = _pack_view(view.name, weight, pattern)
+            if summary.storage == "int8":
+                packed = _in_int8(view.name, exact)
+            summary.add_linears(1, weight.nbytes, packed.nbytes)
+            if packed is not exact:
+                summary.add_error(view.name, relative_error(exact, packed))
             summary.negative_zeros += _count_negative_zeros(weight)
             name = tensor.removesuffix(".weight") if view.index is None else f"{tensor}.{view.index}"
             entry = PackedLinear(
@@ -253,14 +284,22 @@ def _packed_group(
                 dtype=str(weight.dtype).removeprefix("torch."),
                 transposed=view.transposed,
                 index=view.index,
+                storage=summary.storage,
             )
             plan.entries.append(entry)
-            yield from ((name, part) for name, part in zip(entry.parts, packed[:3], strict=True) if part is not None)
+            yield from ((name, part) for name, part in zip(entry.parts, packed.parts, strict=True) if part is not None)
 
 
 def _pack_view(name: str, weight: Tensor, pattern: SparsityPattern) -> Packed:
     try:
         return pack(weight, n=pattern.n, m=pattern.m)
+    except WandappError as error:
+        raise WandappError(f"{name}: {error}") from error
+
+
+def _in_int8(name: str, packed: Packed) -> Packed:
+    try:
+        return to_int8(packed)
     except WandappError as error:
         raise WandappError(f"{name}: {error}") from error
 
@@ -317,9 +356,12 @@ def _copy_companions(source: Path, target: Path) -> None:
 def unpack_checkpoint(
     packed: str | Path, out: str | Path, *, overwrite: bool = False, on_progress: Progress | None = None
 ) -> PackSummary:
-    """Writes the dense checkpoint that was packed, bit for bit, into the new folder `out`; returns the sizes."""
+    """Writes the dense checkpoint that was packed into the new folder `out`; returns the sizes.
+
+    Bit for bit, but from int8 storage: that gives the rounded weights scale * value, which no longer tell the old ones.
+    """
     checkpoint = PackedCheckpoint(packed)
-    summary = PackSummary(str(checkpoint.pattern))
+    summary = PackSummary(str(checkpoint.pattern), checkpoint.storage)
     groups: dict[Path, list[str]] = {}
     for tensor in checkpoint.tensors:
         groups.setdefault(checkpoint.path_of_tensor(tensor), []).append(tensor)

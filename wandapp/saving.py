@@ -45,7 +45,8 @@ def save_sparse(
 ) -> PackSummary:
     """Writes a model of `load_sparse` or `sparsify` into the new folder `out`, complete or not at all; returns the sizes.
 
-    packed   True: the packed form, which load_sparse reads; False: an ordinary checkpoint, dense with zeros
+    packed   True: the packed form, which load_sparse reads; False: an ordinary checkpoint, dense with zeros. int8 weights
+             are packed as int8 again, from what they stand for
     raises   WandappError where the model is no packed one, or `out` exists without `overwrite`
     """
     pruned = getattr(model, "wandapp_pruned", None)
@@ -57,7 +58,10 @@ def save_sparse(
         save_companions(model, tokenizer, partial)
         add_recipe(partial, pruned.pattern, skip)
         if packed:
-            return write_packed(partial, tensors.skeleton, tensors, pruned.pattern, skip, out)
+            storage = (
+                "int8" if any(isinstance(m, SparseLinear) and m.scale is not None for m in model.modules()) else "same"
+            )
+            return write_packed(partial, tensors.skeleton, tensors, pruned.pattern, skip, out, storage)
         return _write_dense(partial, tensors, pruned.pattern)
 
 
@@ -120,13 +124,14 @@ def _parameter(model: nn.Module, name: str, expert: int | None = None) -> Tensor
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, SparseLinear) and last == "weight":
-        return _stored(module)
+        return _stored(module, model.dtype)
     value = getattr(module, last)
     if isinstance(value, SparseExperts):
-        return torch.stack([_stored(one) for one in value]) if expert is None else _stored(value[expert])
+        every = [_stored(one, model.dtype) for one in (value if expert is None else [value[expert]])]
+        return torch.stack(every) if expert is None else every[0]
     return value.detach() if expert is None else value.detach()[expert]
 
 
-def _stored(linear: SparseLinear) -> Tensor:
-    weight = linear.to_dense()
+def _stored(linear: SparseLinear, dtype: torch.dtype) -> Tensor:
+    weight = linear.to_dense(dtype)
     return weight.T.contiguous() if linear.transposed else weight

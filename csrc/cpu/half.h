@@ -25,6 +25,7 @@ inline uint32_t bits_of_float(float value) {
 }
 
 inline float widen(float value) { return value; }
+inline float widen(int8_t value) { return value; }
 inline float widen(Bf16 value) { return float_of_bits(uint32_t(value.bits) << 16); }
 
 inline float widen(Half value) {

@@ -5,7 +5,7 @@
 
 namespace wandapp {
 
-enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 
 // score_ij = |weight_ij| * (alpha * gradient_ij + scale_j); scale and gradient may be null, meaning 1 and 0.
 struct ScoreTerms {
@@ -49,20 +49,27 @@ struct PackArgs {
   uint8_t* bitmask;
 };
 
-// row_offsets is null when every row holds values_per_row values.
+// n:m, or rows of row_offsets where m is 0. dtype is that of the values; int8 values stand for weights scale[row] * value,
+// for all others scale is null.
 struct PackedWeight {
   const void* values;
   const uint8_t* bitmask;
   const int64_t* row_offsets;
-  int64_t values_per_row;
+  const float* scale;
+  int64_t value_count;
+  int64_t n, m;
   Dtype dtype;
   int64_t rows, cols;
 
-  int64_t row_begin(int64_t row) const { return row_offsets ? row_offsets[row] : row * values_per_row; }
+  // Inside the values, whatever the offsets say.
+  int64_t row_begin(int64_t row) const {
+    return m ? row * (cols / m * n) : row_offsets[row] < 0 ? 0 : row_offsets[row] < value_count ? row_offsets[row] : value_count;
+  }
 };
 
-// y [tokens, rows] = x [tokens, cols] W^T + bias; bias may be null.
+// y [tokens, rows] = x [tokens, cols] W^T + bias, all three of `dtype`; bias may be null.
 struct LinearArgs {
+  Dtype dtype;
   const void* x;
   int64_t tokens;
   const void* bias;
@@ -86,10 +93,11 @@ struct Kernels {
   int64_t (*pack_nm)(const PackArgs&, int n, int m, int threads);
   void (*count_nonzeros)(const PackArgs&, int64_t* counts, int threads);
   void (*pack_nonzeros)(const PackArgs&, const int64_t* row_offsets, int threads);
-  void (*unpack)(const PackedWeight&, int64_t first_row, int64_t end_row, void* out, int threads);
+  // `out` has the values' dtype, or any floating-point one where the values are int8.
+  void (*unpack)(const PackedWeight&, Dtype out_dtype, int64_t first_row, int64_t end_row, void* out, int threads);
   void (*sparse_linear)(const PackedWeight&, const LinearArgs&, int threads);
   // The same product on a dense row-major weight: what benchmarks compare with.
-  void (*dense_linear)(const void* weight, Dtype, int64_t rows, int64_t cols, const LinearArgs&, int threads);
+  void (*dense_linear)(const void* weight, int64_t rows, int64_t cols, const LinearArgs&, int threads);
   void (*rmsprop)(float* weight, const void* gradient, Dtype, float* mean_square, int64_t count, RmspropRates, int threads);
 };
 

@@ -23,6 +23,7 @@ struct Avx2 {
   };
 
   static Floats load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+  static Floats load(const int8_t* from) { return {widen8(from), widen8(from + 8)}; }
   static Floats load(const Bf16* from) { return {widen8(from), widen8(from + 8)}; }
   static Floats load(const Half* from) {
     return {_mm256_cvtph_ps(load_128(from)), _mm256_cvtph_ps(load_128(from + 8))};
@@ -31,6 +32,14 @@ struct Avx2 {
   static void store(float* to, Floats a) {
     _mm256_storeu_ps(to, a.low);
     _mm256_storeu_ps(to + 8, a.high);
+  }
+  static void store(Bf16* to, Floats a) {
+    const __m256i words = _mm256_packus_epi32(rounded_bf16(a.low), rounded_bf16(a.high));  // 128 bits at a time
+    store_256(to, _mm256_permute4x64_epi64(words, 0xd8));
+  }
+  static void store(Half* to, Floats a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a.low, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8), _mm256_cvtps_ph(a.high, _MM_FROUND_TO_NEAREST_INT));
   }
   static Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
   static Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
@@ -51,17 +60,26 @@ struct Avx2 {
             _mm256_and_ps(a.high, _mm256_castsi256_ps(lanes_of_bits(keep >> 8)))};
   }
 
-  static constexpr int kTokens = 2;
+  static constexpr int kTokens = 2, kRows = 1;
   template <class T>
   static constexpr int column_of_place(int place) {
     return place;
   }
-  template <bool guarded, class T>
+  template <class T>
   static void expand(const T* values, uint32_t mask, Floats& low, Floats& high) {
-    low.low = expand8<guarded>(values, mask & 255);
-    low.high = expand8<guarded>(values, mask >> 8 & 255);
-    high.low = expand8<guarded>(values, mask >> 16 & 255);
-    high.high = expand8<guarded>(values, mask >> 24);
+    low.low = expand8(values, mask & 255);
+    low.high = expand8(values, mask >> 8 & 255);
+    high.low = expand8(values, mask >> 16 & 255);
+    high.high = expand8(values, mask >> 24);
+  }
+  using Places = Bits;  // the permutation looks at two bits of each lane
+  static Places places(uint32_t bits) {
+    const __m256i all = _mm256_set1_epi32(int(bits));
+    return {_mm256_srlv_epi32(all, _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14)),
+            _mm256_srlv_epi32(all, _mm256_setr_epi32(16, 18, 20, 22, 24, 26, 28, 30))};
+  }
+  static Floats pick(Floats low, Floats high, Places places) {
+    return {pick8(low.low, high.low, places.low), pick8(low.high, high.high, places.high)};
   }
   template <class T>
   static void spread16(const T* values, uint32_t mask, T* to) {
@@ -159,21 +177,29 @@ struct Avx2 {
   }
   // The next values go to the lanes of the mask's bits, by a table of all 256 masks: which value each lane takes, -1
   // for none. The sign then blanks the lane.
-  template <bool guarded, class T>
+  template <class T>
   static __m256 expand8(const T*& values, uint32_t mask) {
-    const int count = __builtin_popcount(mask);
-    T padded[8] = {};
-    if (guarded) std::copy_n(values, count, padded);
     const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.of_mask[mask]));
     const __m256i take = _mm256_cvtepi8_epi32(places);
-    const __m256 placed = _mm256_permutevar8x32_ps(widen8(guarded ? padded : values), take);
-    values += count;
+    const __m256 placed = _mm256_permutevar8x32_ps(widen8(values), take);
+    values += __builtin_popcount(mask);
     return _mm256_blendv_ps(placed, _mm256_setzero_ps(), _mm256_castsi256_ps(take));
+  }
+  static __m256 pick8(__m256 low, __m256 high, __m256i places) {
+    return _mm256_blend_ps(_mm256_permutevar_ps(low, places), _mm256_permutevar_ps(high, places), 0xcc);
   }
   static __m256 widen8(const float* from) { return _mm256_loadu_ps(from); }
   static __m256 widen8(const Half* from) { return _mm256_cvtph_ps(load_128(from)); }
   static __m256 widen8(const Bf16* from) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(from)), 16));
+  }
+  static __m256 widen8(const int8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  }
+  static __m256i rounded_bf16(__m256 a) {
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, even), _mm256_set1_epi32(0x7fff)), 16);
   }
   static __m256i is_zero16(__m256i bits) {
     return _mm256_cmpeq_epi16(_mm256_slli_epi16(bits, 1), _mm256_setzero_si256());

@@ -9,12 +9,24 @@ struct Avx512 {
   using Bits = __m512i;
 
   static Floats load(const float* from) { return _mm512_loadu_ps(from); }
+  static Floats load(const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
   static Floats load(const Bf16* from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_16bit(from)), 16));
   }
   static Floats load(const Half* from) { return _mm512_cvtph_ps(load_16bit(from)); }
   static Floats fill(float value) { return _mm512_set1_ps(value); }
   static void store(float* to, Floats a) { _mm512_storeu_ps(to, a); }
+  static void store(Bf16* to, Floats a) {
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, even), _mm512_set1_epi32(0x7fff));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+  static void store(Half* to, Floats a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
@@ -24,23 +36,32 @@ struct Avx512 {
   static float total(Floats a) { return _mm512_reduce_add_ps(a); }
   static Floats only(Floats a, uint32_t keep) { return _mm512_maskz_mov_ps(__mmask16(keep), a); }
 
-  static constexpr int kTokens = 8;
+  static constexpr int kTokens = 8, kRows = 2;
   template <class T>
   static constexpr int column_of_place(int place) {
     return place;
   }
-  template <bool guarded, class T>
+  // Widening first needs only AVX-512F: vpexpandw is younger.
+  template <class T>
   static void expand(const T* values, uint32_t mask, Floats& low, Floats& high) {
-    const int count = __builtin_popcount(mask & 0xffff);
-    low = expand16<guarded>(values, mask & 0xffff);
-    high = expand16<guarded>(values + count, mask >> 16);
+    low = expand16(load(values), mask & 0xffff);
+    high = expand16(load(values + __builtin_popcount(mask & 0xffff)), mask >> 16);
+  }
+  using Places = Bits;  // the permutation looks at two bits of each lane
+  static Places places(uint32_t bits) {
+    const Bits shifts = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_srlv_epi32(_mm512_set1_epi32(int(bits)), shifts);
+  }
+  static Floats pick(Floats low, Floats high, Places places) {
+    return _mm512_mask_permutevar_ps(_mm512_permutevar_ps(low, places), 0xcccc, high, places);
   }
   static void spread16(const float* values, uint32_t mask, float* to) {
-    _mm512_storeu_ps(to, _mm512_maskz_expand_ps(__mmask16(mask), in_register(load(values))));
+    _mm512_storeu_ps(to, expand16(load(values), mask));
   }
   template <class T>
   static void spread16(const T* values, uint32_t mask, T* to) {
-    const __m512i columns = _mm512_maskz_expand_epi32(__mmask16(mask), _mm512_cvtepu16_epi32(load_16bit(values)));
+    const __m512i widened = _mm512_cvtepu16_epi32(load_16bit(values));
+    const __m512i columns = _mm512_mask_expand_epi32(cleared(), __mmask16(mask), in_register(widened));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(columns));
   }
 
@@ -104,22 +125,11 @@ struct Avx512 {
     return vector;
   }
 
-  // A mask of the lowest lanes for as many values as `mask` has bits.
-  static uint32_t lanes_of_count(uint32_t mask) { return _bzhi_u32(~0u, __builtin_popcount(mask)); }
+  // They also wait for what their target held before, even if they overwrite all of it: so it is cleared first.
+  static __m512i cleared() { return in_register(_mm512_setzero_si512()); }
 
-  template <bool guarded>
-  static Floats expand16(const float* values, uint32_t mask) {
-    const Floats next = guarded ? _mm512_maskz_loadu_ps(__mmask16(lanes_of_count(mask)), values) : load(values);
-    return _mm512_maskz_expand_ps(__mmask16(mask), in_register(next));
-  }
-  // Widening first needs only AVX-512F: vpexpandw is younger.
-  template <bool guarded, class T>
-  static Floats expand16(const T* values, uint32_t mask) {
-    if (!guarded) return _mm512_maskz_expand_ps(__mmask16(mask), in_register(load(values)));
-    T padded[16];
-    const __m256i next = _mm256_maskz_loadu_epi16(__mmask16(lanes_of_count(mask)), values);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(padded), next);
-    return _mm512_maskz_expand_ps(__mmask16(mask), load(padded));
+  static __m512 expand16(__m512 values, uint32_t mask) {
+    return _mm512_mask_expand_ps(_mm512_castsi512_ps(cleared()), __mmask16(mask), in_register(values));
   }
 
   template <class T>
@@ -161,28 +171,30 @@ struct Avx512Vbmi2 : Avx512 {
     if (!std::is_same<T, Bf16>::value) return place;
     return place < 16 ? 2 * place : 2 * (place - 16) + 1;
   }
-  template <bool guarded>
   static void expand(const float* values, uint32_t mask, Floats& low, Floats& high) {
-    Avx512::expand<guarded>(values, mask, low, high);
+    Avx512::expand(values, mask, low, high);
   }
-  template <bool guarded>
   static void expand(const Bf16* values, uint32_t mask, Floats& even, Floats& odd) {
-    const __m512i columns = expand32<guarded>(values, mask);
+    const __m512i columns = expand32(values, mask);
     even = _mm512_castsi512_ps(_mm512_slli_epi32(columns, 16));
     odd = _mm512_castsi512_ps(_mm512_and_si512(columns, _mm512_set1_epi32(int(0xffff0000))));
   }
-  template <bool guarded>
   static void expand(const Half* values, uint32_t mask, Floats& low, Floats& high) {
-    const __m512i columns = expand32<guarded>(values, mask);
+    const __m512i columns = expand32(values, mask);
     low = _mm512_cvtph_ps(_mm512_castsi512_si256(columns));
     high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(columns, 1));
   }
+  static void expand(const int8_t* values, uint32_t mask, Floats& low, Floats& high) {
+    const __m256i next = in_register(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+    const __m256i columns = _mm256_mask_expand_epi8(_mm512_castsi512_si256(cleared()), mask, next);
+    low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(columns)));
+    high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(columns, 1)));
+  }
 
  private:
-  template <bool guarded, class T>
+  template <class T>
   static __m512i expand32(const T* values, uint32_t mask) {
-    const __m512i next = guarded ? _mm512_maskz_loadu_epi16(lanes_of_count(mask), values) : _mm512_loadu_si512(values);
-    return _mm512_maskz_expand_epi16(mask, in_register(next));
+    return _mm512_mask_expand_epi16(cleared(), mask, in_register(_mm512_loadu_si512(values)));
   }
 };
 #endif

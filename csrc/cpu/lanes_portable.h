@@ -23,7 +23,11 @@ struct Portable {
     for (float& lane : out.at) lane = value;
     return out;
   }
-  static void store(float* to, Floats a) { std::memcpy(to, a.at, sizeof a.at); }
+  // Rounded to nearest, ties to even. The lanes are no NaN.
+  template <class T>
+  static void store(T* to, Floats a) {
+    for (int i = 0; i < 16; i++) narrow(a.at[i], to[i]);
+  }
   static Floats add(Floats a, Floats b) {
     for (int i = 0; i < 16; i++) a.at[i] += b.at[i];
     return a;
@@ -59,19 +63,28 @@ struct Portable {
     return a;
   }
 
-  // Tokens whose sums fit the registers beside a row's spread values.
-  static constexpr int kTokens = 4;
+  // Tokens and rows whose sums fit the registers.
+  static constexpr int kTokens = 4, kRows = 1;
   // Lane order in which `expand` hands out 32 columns: place i of 32 holds column order(i).
   template <class T>
   static constexpr int column_of_place(int place) {
     return place;
   }
-  // 32 columns of a packed row: the next values at the places of the mask's bits, 0 elsewhere. `guarded` reads nothing
-  // beyond the values the mask counts; without it up to 32 values are read.
-  template <bool guarded, class T>
+  // 32 columns of a packed row: the next values at the places of the mask's bits, 0 elsewhere. Up to 32 values are read.
+  template <class T>
   static void expand(const T* values, uint32_t mask, Floats& low, Floats& high) {
     for (int i = 0; i < 16; i++) low.at[i] = mask >> i & 1 ? widen(*values++) : 0;
     for (int i = 0; i < 16; i++) high.at[i] = mask >> (16 + i) & 1 ? widen(*values++) : 0;
+  }
+
+  // Lane i of `pick` is one of the four lanes of its 128 bits, which bits 2i and 2i + 1 of `bits` name: of `low` where i
+  // is 0 or 1 within the four, of `high` where it is 2 or 3.
+  using Places = uint32_t;
+  static Places places(uint32_t bits) { return bits; }
+  static Floats pick(const Floats& low, const Floats& high, Places places) {
+    Floats out;
+    for (int i = 0; i < 16; i++) out.at[i] = (i & 2 ? high : low).at[i / 4 * 4 + (places >> 2 * i & 3)];
+    return out;
   }
 
   // The next values go to the places of the mask's 16 bits, zeros to the others. Wider lanes may read 16 values.

@@ -119,6 +119,12 @@ void pack_nonzeros_of(const PackArgs& args, const int64_t* row_offsets, int thre
   });
 }
 
+// Whether column c takes the next value: a damaged bitmask may have bits beyond the values' end.
+template <class T>
+bool takes_value(const uint8_t* row_mask, int64_t c, const T* values, const T* end_of_values) {
+  return row_mask[c / 8] >> c % 8 & 1 && values < end_of_values;
+}
+
 // One row, dense. Sixteen columns at a time while so many values follow that a full load stays inside them.
 template <class Lanes, class T>
 void unpack_row(const T* values, const T* end_of_values, const uint8_t* row_mask, int64_t cols, T* row) {
@@ -129,20 +135,41 @@ void unpack_row(const T* values, const T* end_of_values, const uint8_t* row_mask
     Lanes::spread16(values, mask, row + c);
     values += count_bits(mask);
   }
-  for (; c < cols; c++) row[c] = row_mask[c / 8] >> c % 8 & 1 ? *values++ : T{};
+  for (; c < cols; c++) row[c] = takes_value(row_mask, c, values, end_of_values) ? *values++ : T{};
 }
 
-// Rows [first_row, end_row) of a packed weight to `out` [end_row - first_row, cols].
+// The same of int8 values: weight = scale * value, rounded to T.
 template <class Lanes, class T>
+void dequantise_row(const int8_t* values, const int8_t* end_of_values, const uint8_t* row_mask, int64_t cols, float scale,
+                    T* row) {
+  int64_t c = 0;
+  for (; c + 32 <= cols && end_of_values - values >= 32; c += 32) {
+    const uint32_t mask = mask_at(row_mask, c, cols);
+    typename Lanes::Floats low, high;
+    Lanes::expand(values, mask, low, high);
+    Lanes::store(row + c, Lanes::mul(low, Lanes::fill(scale)));
+    Lanes::store(row + c + 16, Lanes::mul(high, Lanes::fill(scale)));
+    values += count_bits(mask);
+  }
+  for (; c < cols; c++) narrow(takes_value(row_mask, c, values, end_of_values) ? scale * widen(*values++) : 0, row[c]);
+}
+
+// Rows [first_row, end_row) of a packed weight of V values to `out` [end_row - first_row, cols].
+template <class Lanes, class V, class T>
 void unpack_of(const PackedWeight& packed, int64_t first_row, int64_t end_row, T* out, int threads) {
   const int64_t rows = end_row - first_row;
-  const T* all_values = static_cast<const T*>(packed.values);
-  const T* end_of_values = all_values + packed.row_begin(packed.rows);
+  const V* all_values = static_cast<const V*>(packed.values);
+  const V* end_of_values = all_values + packed.value_count;
   parallel((rows + kPackRows - 1) / kPackRows, threads, [&](int64_t task) {
     for (int64_t i = task * kPackRows; i < std::min((task + 1) * kPackRows, rows); i++) {
-      const uint8_t* row_mask = packed.bitmask + (first_row + i) * ((packed.cols + 7) / 8);
-      unpack_row<Lanes>(all_values + packed.row_begin(first_row + i), end_of_values, row_mask, packed.cols,
-                        out + i * packed.cols);
+      const int64_t row = first_row + i;
+      const uint8_t* row_mask = packed.bitmask + row * ((packed.cols + 7) / 8);
+      const V* values = all_values + packed.row_begin(row);
+      if constexpr (std::is_same<V, int8_t>::value) {
+        dequantise_row<Lanes>(values, end_of_values, row_mask, packed.cols, packed.scale[row], out + i * packed.cols);
+      } else {
+        unpack_row<Lanes>(values, end_of_values, row_mask, packed.cols, out + i * packed.cols);
+      }
     }
   });
 }
@@ -175,9 +202,16 @@ void pack_nonzeros(const PackArgs& args, const int64_t* row_offsets, int threads
 }
 
 template <class Lanes>
-void unpack(const PackedWeight& packed, int64_t first_row, int64_t end_row, void* out, int threads) {
-  if (packed.dtype == kFloat32) return unpack_of<Lanes>(packed, first_row, end_row, static_cast<float*>(out), threads);
-  return unpack_of<Lanes>(packed, first_row, end_row, static_cast<Half*>(out), threads);  // 16 bits are 16 bits
+void unpack(const PackedWeight& packed, Dtype dtype, int64_t first, int64_t end, void* out, int threads) {
+  if (packed.dtype == kInt8) {
+    switch (dtype) {
+      case kBfloat16: return unpack_of<Lanes, int8_t>(packed, first, end, static_cast<Bf16*>(out), threads);
+      case kFloat16: return unpack_of<Lanes, int8_t>(packed, first, end, static_cast<Half*>(out), threads);
+      default: return unpack_of<Lanes, int8_t>(packed, first, end, static_cast<float*>(out), threads);
+    }
+  }
+  if (packed.dtype == kFloat32) return unpack_of<Lanes, float>(packed, first, end, static_cast<float*>(out), threads);
+  return unpack_of<Lanes, Half>(packed, first, end, static_cast<Half*>(out), threads);  // 16 bits are 16 bits
 }
 
 }  // namespace

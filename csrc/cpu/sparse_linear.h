@@ -1,109 +1,141 @@
 // y = x W^T + b for few tokens, reading W in packed form.
 //
-// One token is bound by the bytes of W. A row's values are loaded in order, spread to the places of the bitmask's bits
-// (zeros elsewhere), and multiplied with x, 32 columns at a time:
+// One token is bound by the bytes of W, as long as few instructions are spent on each. There are two ways to bring the
+// kept values and their x together, 32 columns at a time:
 //
-//   bitmask   1 0 0 1 1 0 ...          values   a b c ...
-//   spread    a 0 0 b c 0 ...          times    x0 x1 x2 x3 x4 x5 ...
+//   Spread, any pattern                        Pick, 2:4
+//   bitmask   1 0 0 1 1 0 ...                  bitmask   1 0 0 1   0 1 1 0 ...
+//   values    a b c ...                        values    a b c d ...
+//   spread    a 0 0 b c 0 ...                  picked    x0 x3 x5 x6 ...
+//   times     x0 x1 x2 x3 x4 x5 ...            products are half as many, and nothing is counted
 //
-// Where the values of the next 32 columns begin follows from counting bits, so every pattern takes the same path.
+// Memory is safe whatever the bitmask and the row offsets hold: no load leaves the values.
 #pragma once
+
+#include "cpu/sparse_ways.h"
 
 namespace wandapp {
 namespace {
 
-// x in fp32, padded to whole 32 columns, in the order in which Lanes::expand hands columns out.
-template <class Lanes, class T>
-std::vector<float> arrange_tokens(const T* x, int64_t tokens, int64_t cols) {
-  const int64_t padded = (cols + 31) / 32 * 32;
-  std::vector<float> arranged(tokens * padded);
+constexpr int64_t kMaxTokens = 16;
+constexpr int64_t kLinearRows = 32;  // rows of one task
+
+// x in fp32 [tokens, stride], padded to whole 32 columns, in the order in which Way hands columns out.
+struct Tokens {
+  std::vector<float> x;
+  int64_t stride;
+};
+
+template <class Way, class T>
+Tokens arrange_tokens(const T* x, int64_t tokens, int64_t cols) {
+  const int64_t stride = (cols + 31) / 32 * 32;
+  Tokens arranged{std::vector<float>(tokens * stride), stride};
   for (int64_t t = 0; t < tokens; t++) {
-    for (int64_t place = 0; place < padded; place++) {
-      const int64_t c = place / 32 * 32 + Lanes::template column_of_place<T>(int(place % 32));
-      if (c < cols) arranged[t * padded + place] = widen(x[t * cols + c]);
+    for (int64_t place = 0; place < stride; place++) {
+      const int64_t c = place / 32 * 32 + Way::column_of_place(int(place % 32));
+      if (c < cols) arranged.x[t * stride + place] = widen(x[t * cols + c]);
     }
   }
   return arranged;
 }
 
-// The hardware's prefetcher stops at every page of 4 KiB, and the values are one long stream over all rows.
-constexpr int64_t kPrefetchBytes = 2048;
-
-// sums[t] = the row's product with token t.
-template <class Lanes, int tokens, bool guarded, class T>
-void multiply_row(const T* values, const uint8_t* row_mask, int64_t cols, const float* x, int64_t x_stride, float* sums) {
-  typename Lanes::Floats low_sum[tokens], high_sum[tokens];
-  for (int t = 0; t < tokens; t++) low_sum[t] = high_sum[t] = Lanes::fill(0);
-  auto add = [&](int64_t c, uint32_t mask) {
-    typename Lanes::Floats low, high;
-    __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes);
-    Lanes::template expand<guarded>(values, mask, low, high);
-    values += count_bits(mask);
-    for (int t = 0; t < tokens; t++) {
-      low_sum[t] = Lanes::add_product(low_sum[t], low, Lanes::load(x + t * x_stride + c));
-      high_sum[t] = Lanes::add_product(high_sum[t], high, Lanes::load(x + t * x_stride + c + 16));
-    }
-  };
-  int64_t c = 0;
-  for (; c + 32 <= cols; c += 32) {
-    uint32_t mask;
-    std::memcpy(&mask, row_mask + c / 8, 4);
-    add(c, mask);
+// sums[r * kMaxTokens + t] = product of row r and token t. Rows together share the loads of x.
+template <class Way, int rows, int tokens, bool guarded>
+void multiply_block(const typename Way::Row* first_row, int64_t cols, const float* x, int64_t x_stride, float* sums) {
+  using Lanes = typename Way::Lanes;
+  typename Lanes::Floats sum[rows][tokens];
+  typename Way::Row row[rows];
+  for (int r = 0; r < rows; r++) {
+    row[r] = first_row[r];
+    for (int t = 0; t < tokens; t++) sum[r][t] = Lanes::fill(0);
   }
-  if (c < cols) add(c, mask_at(row_mask, c, cols));
-  for (int t = 0; t < tokens; t++) sums[t] = Lanes::total(Lanes::add(low_sum[t], high_sum[t]));
+  for (int64_t c = 0; c < cols; c += 32) {
+    typename Way::Piece piece[rows];
+    for (int r = 0; r < rows; r++) piece[r] = row[r].template next<guarded>(c, cols);
+    for (int t = 0; t < tokens; t++) {
+      const auto x_low = Lanes::load(x + t * x_stride + c), x_high = Lanes::load(x + t * x_stride + c + 16);
+      for (int r = 0; r < rows; r++) sum[r][t] = Way::add_products(sum[r][t], piece[r], x_low, x_high);
+    }
+  }
+  for (int r = 0; r < rows; r++) {
+    for (int t = 0; t < tokens; t++) sums[r * kMaxTokens + t] = Lanes::total(sum[r][t]);
+  }
 }
 
-// As many tokens as the registers hold share one reading of the row; then half as many, and so on.
-template <class Lanes, int at_once, bool guarded, class T>
-void multiply_tokens(const T* values, const uint8_t* row_mask, int64_t cols, const float* x, int64_t x_stride,
-                     int64_t tokens, float* sums) {
+// As many tokens as the registers hold share one reading of the rows; then half as many, and so on.
+template <class Way, int rows, int at_once, bool guarded>
+void multiply_tokens(const typename Way::Row* row, int64_t cols, const float* x, int64_t x_stride, int64_t tokens,
+                     float* sums) {
   for (; tokens >= at_once; tokens -= at_once, x += at_once * x_stride, sums += at_once) {
-    multiply_row<Lanes, at_once, guarded>(values, row_mask, cols, x, x_stride, sums);
+    multiply_block<Way, rows, at_once, guarded>(row, cols, x, x_stride, sums);
   }
   if constexpr (at_once > 1) {
-    multiply_tokens<Lanes, at_once / 2, guarded>(values, row_mask, cols, x, x_stride, tokens, sums);
+    multiply_tokens<Way, rows, at_once / 2, guarded>(row, cols, x, x_stride, tokens, sums);
   }
 }
-
-constexpr int64_t kMaxTokens = 16;
-constexpr int64_t kLinearRows = 32;  // rows of one task
 
 template <class T>
-void store_outputs(const LinearArgs& args, int64_t row, int64_t rows, const float* sums) {
+void store_outputs(const LinearArgs& args, int64_t row, int64_t rows, float scale, const float* sums) {
   const float bias = args.bias ? widen(static_cast<const T*>(args.bias)[row]) : 0;
   for (int64_t t = 0; t < args.tokens; t++) {
-    narrow(args.bias ? sums[t] + bias : sums[t], static_cast<T*>(args.y)[t * rows + row]);
+    const float y = scale * sums[t];
+    narrow(args.bias ? y + bias : y, static_cast<T*>(args.y)[t * rows + row]);
   }
 }
 
-template <class Lanes, class T>
-void sparse_linear_of(const PackedWeight& packed, const LinearArgs& args, int threads) {
-  const std::vector<float> x = arrange_tokens<Lanes>(static_cast<const T*>(args.x), args.tokens, packed.cols);
-  const int64_t x_stride = (packed.cols + 31) / 32 * 32;
-  const int64_t end_of_values = packed.row_begin(packed.rows);
+template <class Way, class T, int rows, bool guarded>
+void multiply_rows(const PackedWeight& packed, const LinearArgs& args, const Tokens& tokens,
+                   const typename Way::Row* row, int64_t first) {
+  float sums[rows * kMaxTokens];
+  multiply_tokens<Way, rows, Way::Lanes::kTokens, guarded>(row, packed.cols, tokens.x.data(), tokens.stride, args.tokens,
+                                                           sums);
+  for (int r = 0; r < rows; r++) {
+    const float scale = packed.scale ? packed.scale[first + r] : 1;
+    store_outputs<T>(args, first + r, packed.rows, scale, sums + r * kMaxTokens);
+  }
+}
+
+// T: the type of x, bias and y.
+template <class Way, class T>
+void sparse_linear_in(const PackedWeight& packed, const LinearArgs& args, int threads) {
+  constexpr int rows_at_once = Way::Lanes::kRows;
+  const Tokens tokens = arrange_tokens<Way>(static_cast<const T*>(args.x), args.tokens, packed.cols);
   parallel((packed.rows + kLinearRows - 1) / kLinearRows, threads, [&](int64_t task) {
-    for (int64_t row = task * kLinearRows; row < std::min((task + 1) * kLinearRows, packed.rows); row++) {
-      const T* values = static_cast<const T*>(packed.values) + packed.row_begin(row);
-      const uint8_t* row_mask = packed.bitmask + row * ((packed.cols + 7) / 8);
-      float sums[kMaxTokens];
-      // Loads may run 32 values past a row's end, but not past the last row's.
-      if (packed.row_begin(row + 1) + 32 <= end_of_values) {
-        multiply_tokens<Lanes, Lanes::kTokens, false>(values, row_mask, packed.cols, x.data(), x_stride, args.tokens, sums);
+    typename Way::Row row[rows_at_once];
+    std::vector<uint64_t> scratch[rows_at_once];
+    const int64_t end = std::min((task + 1) * kLinearRows, packed.rows);
+    for (int64_t first = task * kLinearRows; first < end; first += rows_at_once) {
+      const int count = int(std::min<int64_t>(rows_at_once, end - first));
+      bool inside = true;
+      for (int r = 0; r < count; r++) inside &= row[r].start(packed, first + r, scratch[r]);
+      if (count == rows_at_once && inside) {
+        multiply_rows<Way, T, rows_at_once, false>(packed, args, tokens, row, first);
       } else {
-        multiply_tokens<Lanes, Lanes::kTokens, true>(values, row_mask, packed.cols, x.data(), x_stride, args.tokens, sums);
+        for (int r = 0; r < count; r++) multiply_rows<Way, T, 1, true>(packed, args, tokens, row + r, first + r);
       }
-      store_outputs<T>(args, row, packed.rows, sums);
     }
   });
 }
 
+template <class Lanes, class V, class T>
+void sparse_linear_of(const PackedWeight& packed, const LinearArgs& args, int threads) {
+  if (Pick<Lanes, V>::can_multiply(packed)) return sparse_linear_in<Pick<Lanes, V>, T>(packed, args, threads);
+  return sparse_linear_in<Spread<Lanes, V>, T>(packed, args, threads);
+}
+
 template <class Lanes>
 void sparse_linear(const PackedWeight& packed, const LinearArgs& args, int threads) {
-  switch (packed.dtype) {
-    case kBfloat16: return sparse_linear_of<Lanes, Bf16>(packed, args, threads);
-    case kFloat16: return sparse_linear_of<Lanes, Half>(packed, args, threads);
-    default: return sparse_linear_of<Lanes, float>(packed, args, threads);
+  const bool int8 = packed.dtype == kInt8;  // otherwise the values are of x's type
+  switch (args.dtype) {
+    case kBfloat16:
+      if (int8) return sparse_linear_of<Lanes, int8_t, Bf16>(packed, args, threads);
+      return sparse_linear_of<Lanes, Bf16, Bf16>(packed, args, threads);
+    case kFloat16:
+      if (int8) return sparse_linear_of<Lanes, int8_t, Half>(packed, args, threads);
+      return sparse_linear_of<Lanes, Half, Half>(packed, args, threads);
+    default:
+      if (int8) return sparse_linear_of<Lanes, int8_t, float>(packed, args, threads);
+      return sparse_linear_of<Lanes, float, float>(packed, args, threads);
   }
 }
 
@@ -123,14 +155,14 @@ void dense_linear_of(const T* weight, int64_t rows, int64_t cols, const LinearAr
         }
       }
       const float sum = Lanes::total(Lanes::add(Lanes::add(sums[0], sums[1]), Lanes::add(sums[2], sums[3])));
-      store_outputs<T>(args, row, rows, &sum);
+      store_outputs<T>(args, row, rows, 1, &sum);
     }
   });
 }
 
 template <class Lanes>
-void dense_linear(const void* weight, Dtype dtype, int64_t rows, int64_t cols, const LinearArgs& args, int threads) {
-  switch (dtype) {
+void dense_linear(const void* weight, int64_t rows, int64_t cols, const LinearArgs& args, int threads) {
+  switch (args.dtype) {
     case kBfloat16: return dense_linear_of<Lanes>(static_cast<const Bf16*>(weight), rows, cols, args, threads);
     case kFloat16: return dense_linear_of<Lanes>(static_cast<const Half*>(weight), rows, cols, args, threads);
     default: return dense_linear_of<Lanes>(static_cast<const float*>(weight), rows, cols, args, threads);

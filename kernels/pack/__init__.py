@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wandapp.errors import TooManyNonZerosError
+from wandapp.errors import BackendUnavailableError, TooManyNonZerosError
 from wandapp.kernels import dispatch
 from wandapp.kernels.checks import WEIGHT_DTYPES, check_group, check_matrix, require, unit_column_stride
 
@@ -18,6 +18,7 @@ class Packed(NamedTuple):
     row_offsets  n:m: None; unstructured: [rows + 1] int64, row r holds values[row_offsets[r] : row_offsets[r + 1]]
     shape        (rows, cols) of the dense weight
     pattern      (n, m), or None when unstructured
+    scale        None; of int8 values: [rows] fp32, the weight is scale[row] * value (`to_int8`)
     """
 
     values: Tensor
@@ -25,6 +26,16 @@ class Packed(NamedTuple):
     row_offsets: Tensor | None
     shape: tuple[int, int]
     pattern: tuple[int, int] | None
+    scale: Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What is stored, None where the form has no such part: values, bitmask, row_offsets, scale."""
+        return self.values, self.bitmask, self.row_offsets, self.scale
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts if part is not None)
 
 
 def pack(weight: Tensor, *, n: int | None = None, m: int | None = None, backend: str | None = None) -> Packed:
@@ -45,24 +56,38 @@ def pack(weight: Tensor, *, n: int | None = None, m: int | None = None, backend:
     return Packed(values, bitmask, row_offsets if n is None else None, tuple(weight.shape), pattern)
 
 
-def unpack(packed: Packed, *, backend: str | None = None) -> Tensor:
-    """Dense weight [rows, cols] of a packed one, bit-equal to what was packed.
+def unpack(packed: Packed, *, dtype: torch.dtype | None = None, backend: str | None = None) -> Tensor:
+    """Dense weight [rows, cols] of a packed one, bit-equal to what was packed; of int8 values scale * value.
 
+    dtype   of the result where the values are int8, None = float32; otherwise it is the values' own
     raises  WandappError when the parts of `packed` do not fit each other
     """
     check_packed(packed)
+    own = torch.float32 if packed.scale is not None else packed.values.dtype
+    dtype = dtype or own
+    require(dtype in WEIGHT_DTYPES, f"a weight is float32, bfloat16 or float16, got {dtype}")
+    require(packed.scale is not None or dtype == own, f"the values are {own} and unpack to that, got {dtype}")
     rows, cols = packed.shape
     n, m = packed.pattern or (None, None)
-    return _unpack(packed.values, packed.bitmask, packed.row_offsets, rows, cols, n, m, backend)
+    return _unpack(packed.values, packed.bitmask, packed.row_offsets, packed.scale, rows, cols, n, m, dtype, backend)
 
 
 def check_packed(packed: Packed) -> None:
     """The parts of `packed` fit each other in shape and dtype; the bits are trusted."""
     rows, cols = packed.shape
-    values, bitmask, row_offsets = packed.values, packed.bitmask, packed.row_offsets
-    parts = [part for part in (values, bitmask, row_offsets) if part is not None]
-    require(all(part.is_contiguous() for part in parts), "the parts of a packed weight must be contiguous")
-    require(values.dtype in WEIGHT_DTYPES, f"values must be float32, bfloat16 or float16, got {values.dtype}")
+    values, bitmask, row_offsets, scale = packed.parts
+    require(
+        all(part.is_contiguous() for part in packed.parts if part is not None),
+        "the parts of a packed weight must be contiguous",
+    )
+    if scale is None:
+        require(values.dtype in WEIGHT_DTYPES, f"values must be float32, bfloat16 or float16, got {values.dtype}")
+    else:
+        require(values.dtype == torch.int8, f"values with a scale must be int8, got {values.dtype}")
+        require(
+            scale.dtype == torch.float32 and tuple(scale.shape) == (rows,),
+            f"scale must be float32 {[rows]}, got {scale.dtype} {list(scale.shape)}",
+        )
     require(
         bitmask.dtype == torch.uint8 and tuple(bitmask.shape) == (rows, (cols + 7) // 8),
         f"bitmask must be uint8 {[rows, (cols + 7) // 8]}, got {bitmask.dtype} {list(bitmask.shape)}",
@@ -85,18 +110,22 @@ def join_rows(parts: list[Packed]) -> Packed:
     """The packed weight whose rows are those of `parts`, one below the other; columns, dtype and pattern are alike."""
     if len(parts) == 1:
         return parts[0]
+    require(
+        len({part.values.dtype for part in parts}) == 1, "values of joined rows must be of one dtype; pack them anew"
+    )
     values, bitmask = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+    scale = None if parts[0].scale is None else torch.cat([part.scale for part in parts])
     row_offsets = None
     if parts[0].row_offsets is not None:
         counts = torch.cat([part.row_offsets.diff() for part in parts])
         row_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     rows = sum(part.shape[0] for part in parts)
-    return Packed(values, bitmask, row_offsets, (rows, parts[0].shape[1]), parts[0].pattern)
+    return Packed(values, bitmask, row_offsets, (rows, parts[0].shape[1]), parts[0].pattern, scale)
 
 
 # Launchers: `pack_<backend>(weight, *, n, m)` returns (values, bitmask, row_offsets or None, offender), where offender
 # is the flat index row * cols + column of the first column of the first group with more than n non-zeros, else -1
-# (an int or a 0-d integer tensor). `unpack_<backend>(packed)` returns the dense weight.
+# (an int or a 0-d integer tensor). `unpack_<backend>(packed, dtype)` returns the dense weight.
 
 
 @torch.library.custom_op("wandapp::pack", mutates_args=())
@@ -126,16 +155,25 @@ def _unpack(
     values: Tensor,
     bitmask: Tensor,
     row_offsets: Tensor | None,
+    scale: Tensor | None,
     rows: int,
     cols: int,
     n: int | None,
     m: int | None,
+    dtype: torch.dtype,
     backend: str | None,
 ) -> Tensor:
-    packed = Packed(values, bitmask, row_offsets, (rows, cols), None if n is None else (n, m))
-    return dispatch.launcher("unpack", values.device, backend)(packed)
+    packed = Packed(values, bitmask, row_offsets, (rows, cols), None if n is None else (n, m), scale)
+    dense = dispatch.launcher("unpack", values.device, backend)(packed, dtype)
+    return dense if scale is None else dense.add_(0.0)  # a product may round to -0.0, which is no zero of ours
 
 
 @_unpack.register_fake
-def _(values, bitmask, row_offsets, rows, cols, n, m, backend):
-    return values.new_empty(rows, cols)
+def _(values, bitmask, row_offsets, scale, rows, cols, n, m, dtype, backend):
+    return values.new_empty(rows, cols, dtype=dtype)
+
+
+def require_no_scale(packed: Packed, backend: str) -> None:
+    """For backends without kernels of int8 values."""
+    if packed.scale is not None:
+        raise BackendUnavailableError(f"backend {backend!r} has no kernel for int8 values; unpack them first")

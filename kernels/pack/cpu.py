@@ -25,26 +25,30 @@ def pack_cpu(
     return values, bitmask, row_offsets, -1
 
 
-def unpack_cpu(packed: Packed, *, isa: str | None = None) -> Tensor:
-    return unpack_rows(packed, 0, packed.shape[0], packed.values.new_empty(packed.shape), isa=isa)
+def unpack_cpu(packed: Packed, dtype: torch.dtype, *, isa: str | None = None) -> Tensor:
+    return unpack_rows(packed, 0, packed.shape[0], packed.values.new_empty(packed.shape, dtype=dtype), isa=isa)
 
 
 def unpack_rows(packed: Packed, first_row: int, end_row: int, out: Tensor, *, isa: str | None = None) -> Tensor:
     """`out`, after dense rows first_row..end_row - 1 were written to it."""
     weight = packed_weight(packed)
-    _C.unpack(weight, first_row, end_row, address(out), torch.get_num_threads(), instruction_set(isa))
+    run = (torch.get_num_threads(), instruction_set(isa))
+    _C.unpack(weight, DTYPE_CODES[out.dtype], first_row, end_row, address(out), *run)
     return out
 
 
 def packed_weight(packed: Packed) -> _C.PackedWeight:
     """How `wandapp._C` sees a packed weight. It holds addresses: keep `packed` alive while it is used."""
     rows, cols = packed.shape
-    n, m = packed.pattern or (0, 1)
+    n, m = packed.pattern or (0, 0)
     return _C.PackedWeight(
         values=address(packed.values),
         bitmask=address(packed.bitmask),
         row_offsets=address(packed.row_offsets),
-        values_per_row=cols // m * n,
+        scale=address(packed.scale),
+        value_count=packed.values.numel(),
+        n=n,
+        m=m,
         dtype=DTYPE_CODES[packed.values.dtype],
         rows=rows,
         cols=cols,

@@ -50,5 +50,5 @@ def pack_cuda(weight: Tensor, *, n: int | None, m: int | None) -> tuple[Tensor, 
     return values, bitmask, None, -1 if first == NO_OFFENDER else first
 
 
-def unpack_cuda(packed: Packed) -> Tensor:
+def unpack_cuda(packed: Packed, dtype: torch.dtype) -> Tensor:
     raise BackendUnavailableError("unpack: there is no CUDA kernel for it; use backend 'triton'")

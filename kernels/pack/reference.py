@@ -23,8 +23,8 @@ def pack_reference(weight: Tensor, *, n: int | None, m: int | None) -> tuple[Ten
     return weight[mask].view(rows, cols // m * n), pack_bits(mask), None, offender
 
 
-def unpack_reference(packed: Packed) -> Tensor:
+def unpack_reference(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     rows, cols = packed.shape
     dense = packed.values.new_zeros(rows, cols)
     dense[unpack_bits(packed.bitmask, cols)] = packed.values.flatten()
-    return dense
+    return dense if packed.scale is None else (packed.scale[:, None] * dense).to(dtype)

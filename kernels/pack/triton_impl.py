@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wandapp.errors import BackendUnavailableError
-from wandapp.kernels.pack import Packed
+from wandapp.kernels.pack import Packed, require_no_scale
 from wandapp.kernels.triton_groups import (
     WIDEST_GROUP,
     empty_bitmask,
@@ -49,9 +49,10 @@ def pack_triton(weight: Tensor, *, n: int | None, m: int | None) -> tuple[Tensor
     return values, bitmask, None, offender.view(torch.int64)
 
 
-def unpack_triton(packed: Packed) -> Tensor:
+def unpack_triton(packed: Packed, dtype: torch.dtype) -> Tensor:
+    require_no_scale(packed, "triton")
     rows, cols = packed.shape
-    dense = torch.empty(rows, cols, dtype=packed.values.dtype, device=packed.values.device)
+    dense = torch.empty(rows, cols, dtype=dtype, device=packed.values.device)
     if dense.numel():
         values_per_row = 0 if packed.pattern is None else packed.values.shape[1]
         _unpack_kernel[(rows,)](

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from wandapp.kernels import dispatch
-from wandapp.kernels.checks import require
+from wandapp.kernels.checks import WEIGHT_DTYPES, require
 from wandapp.kernels.pack import Packed, check_packed
 from wandapp.kernels.sparse_linear import cuda
 
@@ -12,31 +12,33 @@ from wandapp.kernels.sparse_linear import cuda
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """x W^T + bias for a packed W, products summed in fp32.
 
-    x        [..., in_features] in the dtype of packed.values
-    bias     [out_features] in the same dtype
+    int8 values: y_r = scale_r * sum_c q_rc x_c + bias_r; in panels of many tokens scale_r * q_rc is rounded to x's dtype
+
+    x        [..., in_features] in the dtype of packed.values; fp32, bf16 or fp16 where those are int8
+    bias     [out_features] in the dtype of x
     returns  [..., out_features] in the same dtype
     raises   WandappError on a shape, dtype or device error
     """
     check_packed(packed)
     out_features, in_features = packed.shape
     values = packed.values
+    fits = x.dtype == values.dtype if packed.scale is None else x.dtype in WEIGHT_DTYPES
     require(
-        x.dim() >= 1 and x.shape[-1] == in_features and x.dtype == values.dtype and x.device == values.device,
-        f"x must be {values.dtype} [..., {in_features}] on {values.device}, "
-        f"got {x.dtype} {list(x.shape)} on {x.device}",
+        x.dim() >= 1 and x.shape[-1] == in_features and fits and x.device == values.device,
+        f"x must be {values.dtype if packed.scale is None else 'floating-point'} [..., {in_features}] on "
+        f"{values.device}, got {x.dtype} {list(x.shape)} on {x.device}",
     )
     if bias is not None:
         require(
-            tuple(bias.shape) == (out_features,) and bias.dtype == values.dtype and bias.device == values.device,
-            f"bias must be {values.dtype} [{out_features}] on {values.device}, got {bias.dtype} {list(bias.shape)}",
+            tuple(bias.shape) == (out_features,) and bias.dtype == x.dtype and bias.device == values.device,
+            f"bias must be {x.dtype} [{out_features}] on {values.device}, got {bias.dtype} {list(bias.shape)}",
         )
         bias = bias.contiguous()
     n, m = packed.pattern or (None, None)
     leading = x.shape[:-1]
     tokens = x.reshape(leading.numel(), in_features).contiguous()
-    y = _sparse_linear(
-        tokens, values, packed.bitmask, packed.row_offsets, bias, out_features, in_features, n, m, backend
-    )
+    parts = (values, packed.bitmask, packed.row_offsets, packed.scale)
+    y = _sparse_linear(tokens, *parts, bias, out_features, in_features, n, m, backend)
     return y.view(*leading, out_features)
 
 
@@ -46,6 +48,7 @@ def _sparse_linear(
     values: Tensor,
     bitmask: Tensor,
     row_offsets: Tensor | None,
+    scale: Tensor | None,
     bias: Tensor | None,
     rows: int,
     cols: int,
@@ -54,11 +57,11 @@ def _sparse_linear(
     backend: str | None,
 ) -> Tensor:
     """Launchers `sparse_linear_<backend>(x, packed, bias)` get contiguous x [tokens, cols] -> [tokens, rows]."""
-    packed = Packed(values, bitmask, row_offsets, (rows, cols), None if n is None else (n, m))
+    packed = Packed(values, bitmask, row_offsets, (rows, cols), None if n is None else (n, m), scale)
     preferred = cuda.preference(len(x), packed) if x.is_cuda else None
     return dispatch.launcher("sparse_linear", x.device, backend, preferred=preferred)(x, packed, bias)
 
 
 @_sparse_linear.register_fake
-def _(x, values, bitmask, row_offsets, bias, rows, cols, n, m, backend):
+def _(x, values, bitmask, row_offsets, scale, bias, rows, cols, n, m, backend):
     return x.new_empty(x.shape[0], rows)

@@ -20,7 +20,8 @@ def sparse_linear_cpu(x: Tensor, packed: Packed, bias: Tensor | None, *, isa: st
     y = x.new_empty(tokens, rows)
     if tokens <= MAX_PACKED_TOKENS:
         run = (torch.get_num_threads(), instruction_set(isa))
-        _C.sparse_linear(packed_weight(packed), address(x), tokens, address(bias), address(y), *run)
+        product = (DTYPE_CODES[x.dtype], address(x), tokens, address(bias), address(y))
+        _C.sparse_linear(packed_weight(packed), *product, *run)
         return y
     panel_rows = min(max(PANEL_WEIGHTS // max(packed.shape[1], 1), 1), rows)
     panel = x.new_empty(panel_rows, packed.shape[1])  # one for all: fresh memory would cost a page fault per 4 KiB
@@ -32,20 +33,21 @@ def sparse_linear_cpu(x: Tensor, packed: Packed, bias: Tensor | None, *, isa: st
     return y
 
 
-def prepare_cpu(packed: Packed, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """sparse_linear_cpu of one weight that stays where it is in memory, for contiguous x [..., cols].
+def prepare_cpu(packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """sparse_linear_cpu of one weight that stays where it is in memory, for contiguous x [..., cols] of `dtype`.
 
     Looking things up once takes a call from 8 to 3 us: a small model's token is made of hundreds of calls.
     """
     rows, cols = packed.shape
-    weight, bias_address, isa = packed_weight(packed), address(bias), instruction_set(None)
+    weight, code, bias_address, isa = packed_weight(packed), DTYPE_CODES[dtype], address(bias), instruction_set(None)
 
     def run(x: Tensor) -> Tensor:
         tokens = x.numel() // cols
         if tokens > MAX_PACKED_TOKENS:
             return sparse_linear_cpu(x.view(tokens, cols), packed, bias).view(*x.shape[:-1], rows)
         y = x.new_empty(*x.shape[:-1], rows)
-        _C.sparse_linear(weight, x.data_ptr(), tokens, bias_address, y.data_ptr(), torch.get_num_threads(), isa)
+        addresses = (x.data_ptr(), tokens, bias_address, y.data_ptr())
+        _C.sparse_linear(weight, code, *addresses, torch.get_num_threads(), isa)
         return y
 
     return run

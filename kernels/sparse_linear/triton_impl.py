@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from wandapp.kernels.pack import Packed
+from wandapp.kernels.pack import Packed, require_no_scale
 from wandapp.kernels.pack.triton_impl import unpack_triton
 from wandapp.kernels.triton_groups import split_lanes, widen
 
@@ -25,8 +25,9 @@ ENOUGH_PROGRAMS = 256  # below it, columns are split over programs too
 
 
 def sparse_linear_triton(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    require_no_scale(packed, "triton")
     if x.shape[0] > DECODE_TOKENS:
-        return linear(x, unpack_triton(packed), bias)
+        return linear(x, unpack_triton(packed, x.dtype), bias)
     y = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype, device=x.device)
     if not y.numel():
         return y

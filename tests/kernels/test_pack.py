@@ -132,5 +132,5 @@ def test_registered_for_torch_compile(backend):
     weight = torch.eye(8).repeat(2, 4)
     packed = pack(weight, backend=backend)
     torch.library.opcheck(torch.ops.wandapp.pack.default, (weight, 2, 4, backend))
-    arguments = (packed.values, packed.bitmask, packed.row_offsets, 16, 32, None, None, backend)
+    arguments = (packed.values, packed.bitmask, packed.row_offsets, None, 16, 32, None, None, torch.float32, backend)
     torch.library.opcheck(torch.ops.wandapp.unpack.default, arguments)

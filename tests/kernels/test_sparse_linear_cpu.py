@@ -121,7 +121,7 @@ def test_rejects_what_does_not_fit():
 
 def test_registered_for_torch_compile(backend):
     packed = pack(sparse_weight(8, 32, (2, 4), torch.float32), n=2, m=4)
-    arguments = (torch.randn(3, 32), packed.values, packed.bitmask, None, None, 8, 32, 2, 4, backend)
+    arguments = (torch.randn(3, 32), packed.values, packed.bitmask, None, None, None, 8, 32, 2, 4, backend)
     torch.library.opcheck(torch.ops.wandapp.sparse_linear.default, arguments)
 
 

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 
 def address(tensor: Tensor | None) -> int:
