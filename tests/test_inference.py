@@ -17,7 +17,8 @@ from wandapp import SparseLinear, WandappError, load_model, load_sparse, models,
 from wandapp.inference import load_either
 from wandapp.kernels.pack import pack
 from wandapp.modules import TokenLinear
-from wandapp.packing import pack_checkpoint
+from wandapp.packing import pack_checkpoint, unpack_checkpoint
+from wandapp.saving import save_sparse
 
 TOLERANCE = {"float32": 3e-5, "bfloat16": 3e-2, "float16": 4e-3}
 PATTERNS = ["2:4", "4:8", "1:4", "0.5"]
@@ -88,6 +89,32 @@ def test_static_cache_and_unstructured_weights(packed_checkpoint):
     sparse = load_sparse(packed)
     expected = generate(dense, prompt(2))
     assert torch.equal(generate(sparse, prompt(2), cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", "0.5"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_int8_logits_are_those_of_the_rounded_model(pruned_checkpoint, tmp_path, sparsity, dtype):
+    _, folder = pruned_checkpoint("llama", sparsity, dtype)
+    pack_checkpoint(folder, tmp_path / "packed", storage="int8")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "dense")
+    dense, sparse = load_model(tmp_path / "dense").model, load_sparse(tmp_path / "packed")
+    assert {module.values.dtype for module in sparse.modules() if isinstance(module, SparseLinear)} == {torch.int8}
+    for batch, length in ((1, 1), (3, 5), (2, 40)):
+        assert largest_difference(dense, sparse, prompt(batch, length)) < TOLERANCE[dtype]
+
+
+def test_int8_scales_stay_fp32_and_the_model_can_be_saved_again(pruned_checkpoint, tmp_path):
+    _, folder = pruned_checkpoint("llama", "2:4")
+    pack_checkpoint(folder, tmp_path / "packed", storage="int8")
+    sparse = load_sparse(tmp_path / "packed")
+    module = sparse.model.layers[0].mlp.up_proj
+    scale, expected = module.scale.clone(), sparse(prompt()).logits
+    assert largest_difference(sparse.bfloat16(), sparse.float(), prompt()) < TOLERANCE["bfloat16"]
+    assert module.scale.dtype == torch.float32 and torch.equal(module.scale, scale)
+    save_sparse(load_sparse(tmp_path / "packed"), tmp_path / "again")
+    again = load_sparse(tmp_path / "again")
+    assert torch.equal(again.model.layers[0].mlp.up_proj.values, module.values)
+    assert torch.allclose(again(prompt()).logits, expected, atol=1e-5)
 
 
 def test_tied_embeddings_stay_tied_and_biases_arrive(packed_checkpoint):

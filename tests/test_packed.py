@@ -328,6 +328,10 @@ def test_config_that_asks_for_more_than_the_files_hold(copy, tmp_path):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bytes_never_crash_the_reader(packed, fuzzed, data):
+    fuzz(packed, fuzzed, data)
+
+
+def fuzz(packed: Path, fuzzed: Path, data) -> None:
     """Either it reads, or it says why not in one sentence; and it never takes much memory."""
     others = packed / "wandapp/packed.json", packed / "config.json"
     files = sorted(path.relative_to(packed) for path in [*packed.glob("*.safetensors"), *others])
@@ -354,6 +358,92 @@ def fuzzed(packed, tmp_path_factory) -> Path:
     return shutil.copytree(packed, tmp_path_factory.mktemp("fuzz") / "model")
 
 
+# int8 storage -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["2:4", "0.5"])
+def rounded(request, pruned_checkpoint, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("int8") / "model"
+    pack_checkpoint(pruned_checkpoint("llama", request.param, "bfloat16")[1], out, storage="int8")
+    return out
+
+
+def test_int8_restores_the_rounded_weights(pruned_checkpoint, tmp_path):
+    model, folder = pruned_checkpoint("gpt2", "2:4", "float16")  # transposed weights
+    summary = pack_checkpoint(folder, tmp_path / "packed", storage="int8")
+    assert 0 < summary.mean_error <= summary.worst_error < 0.01 and summary.worst_linear in dict(model.named_modules())
+    restored = unpack_checkpoint(tmp_path / "packed", tmp_path / "dense")
+    assert restored.storage == "int8" and restored.linear_packed_bytes == summary.linear_packed_bytes
+    assert verify_packed(tmp_path / "packed", "2:4").ok
+    dense = load_model(tmp_path / "dense").model.state_dict()
+    for name, weight in model.state_dict().items():
+        if ".c_fc.weight" in name:  # [in, out], so a row of the packed form is a column here
+            scale = weight.float().abs().amax(0) / 127
+            assert (dense[name].float() - weight.float()).abs().le(0.5 * scale + weight.abs() * 2**-10).all()
+            assert ((dense[name] == 0) | (weight != 0)).all() and dense[name].dtype == torch.float16
+
+
+def test_only_int8_needs_format_version_2(rounded, packed):
+    for folder, version in ((rounded, 2), (packed, 1)):
+        manifest = json.loads((folder / "wandapp" / "packed.json").read_text())
+        assert manifest["version"] == version and ("storage" in manifest["linears"][0]) == (version == 2)
+
+
+def _scales(value):
+    return lambda tensors: tensors[f"{Q_PROJ}.scale"].__setitem__(3, value)
+
+
+INT8_DAMAGE = {
+    "negative scale": (_scales(-1.0), "scale is negative or not finite"),
+    "nan scale": (_scales(float("nan")), "scale is negative or not finite"),
+    "infinite scale": (_scales(float("inf")), "scale is negative or not finite"),
+    "-128": (lambda t: t[f"{Q_PROJ}.values"].flatten().__setitem__(7, -128), "a value is -128"),
+    "short scale": (
+        lambda t: t.update({f"{Q_PROJ}.scale": t[f"{Q_PROJ}.scale"][:-1].clone()}),
+        r"scale must be float32 \[",
+    ),
+    "half scale": (lambda t: t.update({f"{Q_PROJ}.scale": t[f"{Q_PROJ}.scale"].half()}), "scale must be float32"),
+    "no scale": (lambda t: t.pop(f"{Q_PROJ}.scale"), "lacks"),
+    "float values": (lambda t: t.update({f"{Q_PROJ}.values": t[f"{Q_PROJ}.values"].float()}), "must be int8"),
+}
+
+
+@pytest.mark.parametrize("damage", INT8_DAMAGE)
+def test_damaged_int8_parts_are_refused(rounded, tmp_path, damage):
+    edit, said = INT8_DAMAGE[damage]
+    copy = shutil.copytree(rounded, tmp_path / "copy")
+    edit_tensors(copy, edit)
+    with pytest.raises(WandappError, match=said) as caught:
+        read_everything(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda m: m.update(version=1), "storage int8 needs version 2"),
+        (lambda m: first_linear(m).update(storage="int4"), r"linears\.\d+\.storage"),
+        (lambda m: first_linear(m).pop("storage"), r"must be bfloat16|unnamed"),
+    ],
+)
+def test_damaged_int8_manifest_is_refused(rounded, tmp_path, edit, said):
+    copy = shutil.copytree(rounded, tmp_path / "copy")
+    edit_manifest(copy, edit)
+    with pytest.raises(WandappError, match=said):
+        read_everything(copy)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_bytes_of_int8_files_never_crash_the_reader(rounded, fuzzed_int8, data):
+    fuzz(rounded, fuzzed_int8, data)
+
+
+@pytest.fixture(scope="module")
+def fuzzed_int8(rounded, tmp_path_factory) -> Path:
+    return shutil.copytree(rounded, tmp_path_factory.mktemp("fuzz") / "model")
+
+
 # The command line ---------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +467,12 @@ def test_commands(pruned_checkpoint, tmp_path, monkeypatch, capfd):
     assert call(monkeypatch, capfd, "verify", packed)[1] == "ok: 21 linear maps hold 2:4 (sparsity 0.5000)\n"
     code, _, error = call(monkeypatch, capfd, "pack", folder, packed)
     assert code == 2 and "exists already" in error
+    code, text, shown = call(monkeypatch, capfd, "pack", folder, tmp_path / "int8", "--storage", "int8", "--json")
+    assert code == 0 and "rounded to int8" in shown and json.loads(text)["worst_error"] < 0.01
+    code, _, shown = call(monkeypatch, capfd, "unpack", tmp_path / "int8", tmp_path / "rounded")
+    assert code == 0 and "int8 storage is lossy" in shown
+    code, _, error = call(monkeypatch, capfd, "pack", folder, tmp_path / "other", "--storage", "int9")
+    assert code == 2 and "did you mean 'int8'?" in error
     assert call(monkeypatch, capfd, "pack", folder, packed, "--overwrite")[0] == 0
     assert call(monkeypatch, capfd, "unpack", packed, dense)[0] == 0
     assert call(monkeypatch, capfd, "verify", dense)[0] == 0
