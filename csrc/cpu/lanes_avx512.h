@@ -125,6 +125,9 @@ struct Avx512 {
     return vector;
   }
 
+  // A mask of the lowest lanes for as many values as `mask` has bits.
+  static uint32_t lanes_of_count(uint32_t mask) { return _bzhi_u32(~0u, __builtin_popcount(mask)); }
+
   // They also wait for what their target held before, even if they overwrite all of it: so it is cleared first.
   static __m512i cleared() { return in_register(_mm512_setzero_si512()); }
 
