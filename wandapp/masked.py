@@ -153,7 +153,7 @@ def _refuse_lost_zeros(name: str, layer: nn.Module) -> None:
 def train_blocks(model: nn.Module) -> dict[str, Tensor]:
     """Makes every floating-point weight of the decoder blocks trainable in fp32, zeros of linear maps excepted.
 
-    returns  the masks by parameter name, which `zeros_kept` checks in the end
+    returns  the masks by parameter name, for `require_zeros` in the end
     """
     model.requires_grad_(False)
     linear = {id(view.parameter) for view in linear_views(model)}
@@ -168,3 +168,10 @@ def train_blocks(model: nn.Module) -> dict[str, Tensor]:
             masks[name] = parameter.detach() != 0
             parameter.register_hook(lambda gradient, mask=masks[name]: gradient * mask)
     return masks
+
+
+def require_zeros(name: str, weight: Tensor, mask: Tensor) -> None:
+    """Raises where a weight behind the mask is no longer zero; it would mean that the training was not what it says."""
+    moved = int(((weight != 0) & ~mask).sum())
+    if moved:
+        raise RuntimeError(f"{name}: {moved} zeros moved in training; this is an error in wandapp, please report it")

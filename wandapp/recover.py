@@ -152,8 +152,9 @@ def _train(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(types[name])
-            if name in masks:  # AdamW never moved a zero; what rounds to -0.0 becomes +0.0
-                parameter.data = torch.where(masks[name], parameter.data, 0.0) + 0.0
+            if name in masks:
+                masked.require_zeros(name, parameter, masks[name])
+                parameter.data += 0.0  # -0.0, to which a tiny weight may round, becomes +0.0
     _sum_up(report, state.folder / LOSS_FILE)
 
 
