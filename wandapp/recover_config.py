@@ -76,4 +76,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup": 0.05,
     },
 }
-FULL: dict[str, Any] = {"lr": 1e-4, "schedule": "cosine", "warmup": 0.05}
+FULL: dict[str, Any] = {"lr": 3e-4, "schedule": "cosine", "warmup": 0.05}
