@@ -70,7 +70,7 @@ def test_recipe_reads_patterns_and_numbers_as_people_write_them(tmp_path):
     [
         (b"samlpes: 3", "did you mean 'samples'?"),
         (b"- wanda", "got list"),
-        (b"", "got NoneType"),
+        (b"", "got nothing"),
         (b"a: [", "line 1: not valid YAML"),
         (b"\xff\xfe\x00", "not valid YAML"),
         (b"model: !!python/object/apply:os.system [true]", "not valid YAML"),

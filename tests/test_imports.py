@@ -15,11 +15,13 @@ FLOORS = {
     "wandapp.errors": 0,  # any floor may raise
     "wandapp.kernels": 1,
     "wandapp.memory": 2,
+    "wandapp.yaml_file": 2,
     "wandapp.pattern": 2,
     "wandapp.options": 2,
     "wandapp.recover_config": 2,
     "wandapp.config": 2,
     "wandapp.hub": 3,
+    "wandapp.weight_files": 3,
     "wandapp.models": 3,
     "wandapp.conversion": 3,
     "wandapp.corpus": 3,

@@ -23,9 +23,10 @@ from wandapp.corpus import builtin_text
 from wandapp.doctor import describe_machine, examine
 from wandapp.errors import WandappError
 from wandapp.inference import load_either
-from wandapp.models import is_packed, load_tokenizer, skeleton
+from wandapp.models import load_tokenizer, skeleton
 from wandapp.modules import SparseLinear, TokenLinear
 from wandapp.packing import pack_checkpoint, unpack_checkpoint
+from wandapp.weight_files import is_packed
 
 COPY_BYTES = 256 << 20
 

@@ -25,6 +25,7 @@ __all__ = ["Calibration", "builtin_text", "load_calibration", "save_tokens"]
 
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 128, 2048  # arXiv:2306.11695
 TOKEN_SUFFIXES = (".safetensors", ".npy")
+_ID_DTYPES = {*(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)}
 _DOCUMENTS_PER_CALL = 64
 # Characters read per token wanted when one text is cut into windows: far above any tokenizer's 3 to 5, yet a bound on
 # the tokenizer's memory (about 100 bytes per token) when the text has gigabytes.
@@ -231,9 +232,12 @@ def read_tokens(path: str | Path) -> Tensor:
     """Token ids [samples, seq_len] int64 from a .npy, or a .safetensors that holds one tensor or one named `tokens`."""
     path = existing_file(path)
     try:
-        is_npy = path.suffix == ".npy"
-        tensors = {"tokens": torch.from_numpy(np.load(path, allow_pickle=False))} if is_npy else load_file(path)
-    except (SafetensorError, ValueError, TypeError, EOFError, OSError) as error:
+        if path.suffix == ".npy":  # mapped: the header may claim more than there is
+            with np.errstate(over="ignore"):
+                tensors = {"tokens": torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False).copy())}
+        else:
+            tensors = load_file(path)
+    except (SafetensorError, ValueError, TypeError, EOFError, OSError, OverflowError) as error:
         raise WandappError(f"{path} is not a readable {path.suffix} of token ids ({first_line(error)})") from error
     if len(tensors) != 1 and "tokens" not in tensors:
         found = ", ".join(sorted(tensors)) or "none"
@@ -259,7 +263,7 @@ def _given_tokens(source: Tensor | str | Path, samples: int | None, seq_len: int
 
 def _as_ids(tokens: Tensor, name: str) -> Tensor:
     """`tokens` as int64 on the CPU, after checking that they are a matrix of integers."""
-    if tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
+    if tokens.dtype not in _ID_DTYPES:
         raise WandappError(f"{name}: token ids must be integers, got {tokens.dtype}; save them as int64")
     if tokens.ndim != 2 or tokens.numel() == 0:
         raise WandappError(f"{name}: token ids must be a matrix [samples, seq_len], got shape {list(tokens.shape)}")

@@ -160,8 +160,9 @@ def verify_command(
     json_only: Json = False,
 ) -> None:
     """Check that every linear map holds the pattern; exit 1 and name the first place where one does not."""
-    from wandapp.models import is_packed, load_model
+    from wandapp.models import load_model
     from wandapp.verify import verify_model, verify_packed
+    from wandapp.weight_files import is_packed
 
     output = Output(json_only)
     if sparsity is None:

@@ -39,7 +39,7 @@ def push_and_show(folder: str | Path, repo: str | None, private: bool, output: O
     if repo is None:
         return {}
     from wandapp.hub import push
-    from wandapp.models import checkpoint_files, is_packed
+    from wandapp.weight_files import checkpoint_files, is_packed
 
     folder = Path(folder)
     if not is_packed(folder):

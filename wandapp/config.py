@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from wandapp.errors import shorten
 from wandapp.options import Options
 from wandapp.pattern import SparsityPattern
 
+MAX_COUNT = 10**7  # of samples, and of tokens in one: what a typing error exceeds, and a mistake may ask memory for
 _DTYPE_SYNONYMS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
 
 
@@ -40,14 +42,18 @@ class PruneConfig(Options):
     # Calibration: 128 samples x 2048 tokens of C4, seed 0, is the setting of Wanda's authors (arXiv:2306.11695)
     calibration: str = Field("c4", description="c4, wikitext2, pydoc, self, a file, or a hub dataset")
     samples: int | None = Field(
-        None, ge=1, description="number of calibration samples; default 128, or all rows of a file of token ids"
+        None,
+        ge=1,
+        le=MAX_COUNT,
+        description="number of calibration samples; default 128, or all rows of a file of token ids",
     )
     seq_len: int | None = Field(
         None,
         ge=2,
+        le=MAX_COUNT,
         description="tokens per sample; default 2048 whatever the model's context is, or the token file's width",
     )
-    seed: int = Field(0, ge=0, description="seed of every random choice")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every random choice")
     text_field: str = Field("text", description="name of the text column in .jsonl, .parquet and hub datasets")
     save_calibration: str | None = Field(None, description=".safetensors or .npy file for the tokens that were used")
     batch_size: int | None = Field(None, ge=1, description="samples per forward; default: as many as the machine likes")
@@ -96,6 +102,13 @@ class PruneConfig(Options):
         name = str(value).removeprefix("torch.")
         return _DTYPE_SYNONYMS.get(name, name)
 
+    @field_validator("model", "out", "calibration", "save_calibration")
+    @classmethod
+    def _possible_path(cls, value: str | None) -> str | None:
+        if value is not None and ("\0" in value or not value.strip()):
+            raise ValueError("must be a name without NUL characters, and not empty")
+        return value
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
@@ -114,8 +127,8 @@ class PruneConfig(Options):
         for expression in value:
             try:
                 re.compile(expression)
-            except re.error as error:
-                raise ValueError(f"{expression!r} is no regular expression, {error}") from None
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"{shorten(repr(expression))} is no regular expression, {error}") from None
         return value
 
 

@@ -42,15 +42,27 @@ def tensor_homes(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, Hom
 
     raises  WandappError on a tensor that the model splits, transposes or merges otherwise than experts are merged
     """
+    found: dict[str, Home] = {}
+    for tensor, (name, source, converters) in _renamed(model, tensor_names).items():
+        found[tensor] = Home(name) if source is None else _expert_home(model, tensor, name, source, converters)
+    return found
+
+
+def whole_parameters(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, str]:
+    """Name in `model` of each checkpoint tensor that is a parameter as it stands; those that are converted are left out."""
+    renamed = _renamed(model, tensor_names)
+    return {tensor: name for tensor, (name, source, _) in renamed.items() if source is None}
+
+
+def _renamed(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, tuple[str, str | None, list[WeightConverter]]]:
+    """Of each tensor: its name in `model`, the converter's pattern that applies (None: none), and all converters."""
     mapping = get_model_conversion_mapping(model)
     converters = [transform for transform in mapping if isinstance(transform, WeightConverter)]
     renamings = [transform for transform in mapping if not isinstance(transform, WeightConverter)]
     own, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, Home] = {}
-    for tensor in tensor_names:
-        name, source = rename_source_key(tensor, renamings, converters, prefix, own)
-        found[tensor] = Home(name) if source is None else _expert_home(model, tensor, name, source, converters)
-    return found
+    return {
+        tensor: (*rename_source_key(tensor, renamings, converters, prefix, own), converters) for tensor in tensor_names
+    }
 
 
 def checkpoint_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

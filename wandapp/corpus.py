@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from wandapp.errors import WandappError, nearest
+from wandapp.errors import WandappError, nearest, shorten
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+_SMALL_BYTES, _MOST_SWELLING = 64 << 20, 30  # text shrinks 2 to 10 times; zeros shrink 1000 times
 # The canonical raw WikiText-2 test file; https://huggingface.co/datasets/Salesforce/wikitext holds its lines as rows.
 _WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 
@@ -80,9 +81,13 @@ def builtin_text(part: str) -> str:
 def existing_file(path: str | Path) -> Path:
     """`path`, after checking that a file is there."""
     path = Path(path)
-    if not path.is_file():
-        raise WandappError(f"{path}: {'is a folder, give a file' if path.is_dir() else 'no such file; check the path'}")
-    return path
+    try:
+        if path.is_file():
+            return path
+        reason = "is a folder, give a file" if path.is_dir() else "no such file; check the path"
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        reason = f"cannot be read ({error.strerror}); check the path"
+    raise WandappError(f"{shorten(path)}: {reason}")
 
 
 def first_line(error: Exception) -> str:
@@ -164,12 +169,16 @@ def _json_documents(path: Path, text_field: str) -> list[str]:
         place = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise WandappError(f"{place}: not JSON ({error.msg}); each line must be one object") from error
+        except (ValueError, RecursionError) as error:
+            raise WandappError(
+                f"{place}: not JSON ({getattr(error, 'msg', error)}); each line must be one object"
+            ) from error
         if not isinstance(row, dict):
             raise WandappError(f"{place}: each line must be one object, got {type(row).__name__}")
         _require_field(place, text_field, row)
         _require_text(place, text_field, type(row[text_field]).__name__)
+        if not _is_unicode(row[text_field]):
+            raise WandappError(f"{place}: field {text_field!r} holds half a surrogate pair; mend or drop the line")
         documents.append(row[text_field])
     return documents
 
@@ -188,14 +197,33 @@ def _parquet_documents(path: Path, text_field: str) -> list[str | None]:
     return table.column(text_field).to_pylist()
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether the text has a UTF-8 form; JSON's \\ud800 has none."""
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
+
+
 def _read_utf8(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        text = (_decompress(path) if path.suffix == ".gz" else path.read_bytes()).decode()
     except UnicodeDecodeError as error:
         raise WandappError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise WandappError(f"{path} cannot be read ({first_line(error)})") from error
+        raise WandappError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
+    if "\0" in text:
+        raise WandappError(f"{path} holds a NUL character at {text.index(chr(0))}, so it is no text; give a text file")
+    return text
+
+
+def _decompress(path: Path) -> bytes:
+    """The content of a .gz file, unless it swells as no text does: a few megabytes can claim all memory."""
+    limit = max(_SMALL_BYTES, _MOST_SWELLING * path.stat().st_size)
+    with gzip.open(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise WandappError(
+            f"{path} swells to more than {_MOST_SWELLING} times its size; decompress it to show that it is text"
+        )
+    return data
 
 
 def _require_field(place: str, field: str, available) -> None:

@@ -39,9 +39,15 @@ class TooManyNonZerosError(WandappError):
 def nearest(name: str, valid: Iterable[str], limit: int = 100) -> str:
     """Text that proposes the valid name closest to `name`, or lists the first `limit` of them."""
     valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:100], valid, n=1, cutoff=0.5)
     return (
         f"did you mean {close[0]!r}?"
         if close
         else f"valid: {', '.join(valid[:limit])}{', ...' if len(valid) > limit else ''}"
     )
+
+
+def shorten(text: object, limit: int = 200) -> str:
+    """`text` in at most `limit` characters, for a message that quotes what somebody else wrote."""
+    text = str(text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

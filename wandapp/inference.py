@@ -14,7 +14,6 @@ from wandapp.kernels.pack import Packed, join_rows, pack
 from wandapp.models import (
     LoadedModel,
     fill_skeleton,
-    is_packed,
     load_model,
     load_tokenizer,
     resolve_device,
@@ -25,6 +24,7 @@ from wandapp.modules import SparseExperts, SparseLinear, TokenLinear
 from wandapp.packed import PackedCheckpoint, PackedLinear
 from wandapp.pattern import SparsityPattern
 from wandapp.saving import remember
+from wandapp.weight_files import is_packed
 
 Pieces = list[tuple[Home, str]]  # the checkpoint's tensors that make up one parameter, by expert and then by row
 

@@ -5,8 +5,8 @@ With conversion.py the only file that imports transformers. safetensors and GGUF
 
 import importlib.util
 import io
-import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -19,17 +19,18 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from wandapp.errors import WandappError
+from wandapp.conversion import whole_parameters
+from wandapp.errors import WandappError, shorten
 from wandapp.hub import download
+from wandapp.weight_files import FLOATING, checkpoint_tensors, refuse_pickles
 
 MAX_SHARD_SIZE = "5GB"  # small enough for every file system and for a download that resumes
 MAX_BUFFER_BYTES = 64 << 20  # of what a model computes from its config; rotary frequencies take a few kilobytes
-PACKED_MANIFEST = "wandapp/packed.json"  # in the folder of a packed checkpoint
 _RANK_VARIABLES = (("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # which torchrun sets
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -67,6 +68,8 @@ def load_model(reference: str | Path, *, dtype: str | torch.dtype = "auto", devi
         dtype = resolve_dtype(dtype)
     options = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     target = resolve_device(device)
+    if not gguf_file:
+        _require_agreement(Path(place))
     with _quiet_transformers():
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -79,7 +82,8 @@ def load_model(reference: str | Path, *, dtype: str | torch.dtype = "auto", devi
             )
         except _LOAD_ERRORS as error:
             raise WandappError(_why_not_loaded(str(reference), error)) from error
-        _require_complete(str(reference), loading)
+        _require_complete(str(reference), model, loading)
+        require_finite(str(reference), model.state_dict())
         tokenizer = _load_tokenizer(str(reference), place, gguf_file)
     if tokenizer is not None and not Path(reference).exists():
         tokenizer.name_or_path = str(reference)  # instead of a folder in a cache
@@ -137,16 +141,51 @@ def _locate(reference: str) -> tuple[str, str | None]:
     if path.suffix == ".gguf":
         _require_gguf(path)
         return str(path.parent), path.name
-    if path.is_dir():
-        checkpoint_files(path)
-        return str(path), None
-    if path.exists():
-        raise WandappError(f"{reference}: not a model; give a folder, a .gguf file, a hub id or smollm2")
+    try:
+        if path.is_dir():
+            return str(path), None
+        if path.exists():
+            refuse_pickles(path)
+            raise WandappError(f"{reference}: not a model; give a folder, a .gguf file, a hub id or smollm2")
+        is_broken = path.is_symlink()
+    except OSError as error:
+        raise WandappError(
+            f"{shorten(reference)}: the model cannot be read ({error.strerror}); check the path"
+        ) from None
+    if is_broken:
+        raise WandappError(f"{reference}: a link to nothing; check where it points")
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1 and "/" in reference:
         raise WandappError(f"{reference}: no such folder; give a local folder, a .gguf file, a hub id or smollm2")
-    folder = download(reference)
-    checkpoint_files(folder)
-    return str(folder), None
+    return str(download(reference)), None
+
+
+def _require_agreement(folder: Path) -> None:
+    """Raise unless the headers of the weight files have the shapes and a kind of type that config.json asks for.
+
+    transformers would build what config.json asks for first, whatever that takes.
+    """
+    tensors = checkpoint_tensors(folder).infos
+    if not tensors:
+        raise WandappError(f"{folder}: the weight files hold no tensors; download the checkpoint again")
+    model = skeleton(folder, max_blocks=len(tensors))
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise WandappError(
+            f"{folder}: config.json has a quantization_config, and quantised weights cannot be pruned; start from the "
+            "checkpoint in 16 or 32 bits"
+        )
+    own = model.state_dict()
+    for tensor, name in whole_parameters(model, tensors).items():
+        info = tensors[tensor]
+        if name in own and info.shape != tuple(own[name].shape):
+            raise WandappError(
+                f"{info.path}: {tensor} has shape {list(info.shape)}, config.json asks for {list(own[name].shape)}; take "
+                "both files from one checkpoint"
+            )
+        if name in own and info.dtype not in FLOATING and own[name].is_floating_point():
+            raise WandappError(
+                f"{info.path}: {tensor} has the type {info.dtype}, a weight must be one of {', '.join(FLOATING)}; start "
+                "from the checkpoint in 16 or 32 bits"
+            )
 
 
 def _packaged_smollm2() -> Path:
@@ -165,43 +204,6 @@ def _require_gguf(path: Path) -> None:
         raise WandappError(f"{path}: the model cannot be read ({error.strerror}); check the path") from None
     if magic != b"GGUF":
         raise WandappError(f"{path}: a .gguf file starts with the bytes GGUF, got {magic!r}; download it again")
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The weight files of a dense checkpoint, after a check that each is present, safetensors and complete."""
-    if not (folder / "config.json").is_file():
-        raise WandappError(f"{folder}: a model folder holds config.json, and this one does not; check the path")
-    if is_packed(folder):
-        raise WandappError(
-            f"{folder}: a packed checkpoint; read it with wandapp.load_sparse, or wandapp unpack it first"
-        )
-    shards = _listed_shards(folder)
-    if not shards and (pickles := [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
-        raise WandappError(
-            f"{pickles[0]}: pickled weights may run code when read and are refused; convert the checkpoint with "
-            "save_pretrained(folder), which writes safetensors, on a machine where you trust it"
-        )
-    if not shards:
-        raise WandappError(f"{folder}: no *.safetensors file in this folder; download the checkpoint's weights")
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt"):  # checks the header and that the file is as long as it says
-                pass
-        except (SafetensorError, OSError) as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else error
-            raise WandappError(f"{shard}: corrupt or incomplete safetensors file ({reason}); fetch it again") from None
-    return shards
-
-
-def _listed_shards(folder: Path) -> list[Path]:
-    """The weight files that the folder's index names, or all there are where it has no index."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
-    try:
-        return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise WandappError(f"{index}: not a valid index of weight files; download it again") from None
 
 
 @contextmanager
@@ -233,24 +235,38 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _why_not_loaded(reference: str, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     if Path(reference).expanduser().exists() or reference == "smollm2":
-        return f"{reference}: cannot be loaded as a causal language model ({_shorten(reason)}); check the checkpoint"
+        return f"{reference}: cannot be loaded as a causal language model ({shorten(reason)}); check the checkpoint"
     return (
-        f"{reference}: neither a local folder nor a hub model that can be fetched ({_shorten(reason)}); check the name "
+        f"{reference}: neither a local folder nor a hub model that can be fetched ({shorten(reason)}); check the name "
         "and the connection, or give a local folder"
     )
 
 
-def _shorten(text: str, limit: int = 200) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _require_complete(reference: str, loading: dict[str, Any]) -> None:
-    """transformers fills a missing weight with random numbers; that is an error here."""
+def _require_complete(reference: str, model: nn.Module, loading: dict[str, Any]) -> None:
+    """transformers fills a missing weight with random numbers and ignores a block too many; both are errors here."""
     if missing := sorted(loading["missing_keys"]):
         raise WandappError(
             f"{reference}: {len(missing)} weights of the model are not in the checkpoint, the first is {missing[0]}; "
             "download it again"
         )
+    own = model.state_dict()
+    for name in sorted(loading["unexpected_keys"]):
+        if re.sub(r"\.\d+\.", ".0.", name, count=1) in own:
+            raise WandappError(
+                f"{reference}: the checkpoint holds {name}, a block more than config.json asks for; take both files from "
+                "one checkpoint"
+            )
+
+
+def require_finite(place: str | Path, tensors: dict[str, Tensor]) -> None:
+    """Raise where a weight is NaN or Inf, naming the tensor and the first such place."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        extremes = torch.stack(torch.aminmax(tensor))  # NaN wins; many times faster than isfinite on every weight
+        if not extremes.isfinite().all():
+            position = tensor.isfinite().logical_not().nonzero()[0].tolist()
+            raise WandappError(f"{place}: {name}{position} is NaN or Inf; download the checkpoint again or mend it")
 
 
 def _load_tokenizer(reference: str, place: str, gguf_file: str | None) -> Any | None:
@@ -261,7 +277,7 @@ def _load_tokenizer(reference: str, place: str, gguf_file: str | None) -> Any | 
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True, **options)
     except _LOAD_ERRORS as error:
-        reason = _shorten(" ".join(str(error).split()))
+        reason = shorten(" ".join(str(error).split()))
         raise WandappError(f"{reference}: the tokenizer cannot be loaded ({reason}); check its files") from error
 
 
@@ -270,11 +286,6 @@ def _forget_quantisation(model: nn.Module) -> None:
     if hasattr(model.config, "quantization_config") and getattr(model, "hf_quantizer", None) is not None:
         del model.config.quantization_config
         model.hf_quantizer = None
-
-
-def is_packed(folder: str | Path) -> bool:
-    """Whether `folder` holds a packed checkpoint, which `load_model` refuses and `wandapp.load_sparse` reads."""
-    return (Path(folder) / PACKED_MANIFEST).is_file()
 
 
 def skeleton(folder: str | Path, *, dtype: torch.dtype | None = None, max_blocks: int | None = None) -> nn.Module:
@@ -287,6 +298,8 @@ def skeleton(folder: str | Path, *, dtype: torch.dtype | None = None, max_blocks
         with _quiet_transformers():
             config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         blocks = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
+        if blocks < 1 and hasattr(config.get_text_config(), "num_hidden_layers"):
+            raise WandappError(f"{folder}: config.json asks for {blocks} blocks, a model has at least 1; check it")
         if max_blocks is not None and blocks > max_blocks:
             raise WandappError(f"{folder}: config.json asks for {blocks} blocks, the weights hold at most {max_blocks}")
         return skeleton_of(config, dtype or config.dtype or torch.float32)

@@ -6,13 +6,14 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from wandapp.errors import WandappError, nearest
+from wandapp.errors import WandappError, nearest, shorten
+from wandapp.yaml_file import read_mapping
 
 
 class Options(BaseModel):
     """Options with defaults and descriptions; an unknown name or a bad value raises `WandappError`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=4096)
 
     def __init__(self, **options: Any):
         try:
@@ -23,17 +24,7 @@ class Options(BaseModel):
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
         """The options in a YAML file; an override wins over the file's value."""
-        try:
-            recipe = yaml.load(Path(path).read_text(encoding="utf-8"), _RecipeLoader)
-        except OSError as error:
-            raise WandappError(f"{path}: the recipe cannot be read ({error.strerror}); check the path") from None
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            reason = getattr(error, "problem", None) or str(error).replace("\n", " ")
-            line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-            raise WandappError(f"{path}{line}: not valid YAML ({reason}); write one 'key: value' per line") from None
-        if not isinstance(recipe, dict):
-            raise WandappError(f"{path}: a recipe is a list of 'key: value' lines, got {type(recipe).__name__}")
-        return cls(**{str(key): value for key, value in recipe.items()} | overrides)
+        return cls(**read_mapping(path, "recipe") | overrides)
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the options; `from_yaml` reads them back unchanged."""
@@ -49,26 +40,17 @@ class Options(BaseModel):
         return type(self)(**own | {key: value for key, value in values.items() if own[key] is None})
 
 
-class _RecipeLoader(yaml.SafeLoader):
-    """The safe loader, except that numbers stay text for pydantic: YAML 1.1 reads 2:4 as 124 and 1e-7 as a word."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
 def _one_sentence(error: ValidationError, kind: type[Options]) -> str:
     """What is wrong with the first bad option, and the way out."""
     details = error.errors(include_url=False)
     for detail in details:
         if detail["type"] == "extra_forbidden":
             name = str(detail["loc"][0])
-            return f"option {name!r} does not exist; {nearest(name, kind.model_fields)}"
+            return f"option {shorten(name)!r} does not exist; {nearest(name, kind.model_fields)}"
     detail = details[0]
     own_error = detail.get("ctx", {}).get("error")
     if isinstance(own_error, WandappError):
-        return str(own_error)
+        return shorten(own_error, 500)
     name = str(detail["loc"][0])
     rule = str(own_error or detail["msg"]).replace("Input should be", "must be")
-    return f"{name}: {rule}, got {detail['input']!r} ({kind.model_fields[name].description})"
+    return f"{name}: {rule}, got {shorten(repr(detail['input']))} ({kind.model_fields[name].description})"

@@ -12,36 +12,24 @@ Reading trusts nothing: every size is checked against the files before memory is
 its values before a kernel sees it. `wandapp.packing` writes.
 """
 
-import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wandapp.blocks import LinearView
 from wandapp.errors import WandappError
 from wandapp.kernels.pack import Packed, unpack
-from wandapp.models import PACKED_MANIFEST
 from wandapp.pattern import SparsityPattern
+from wandapp.weight_files import DTYPES, PACKED_MANIFEST, TensorFiles
 
 FORMAT = "wandapp-packed"
 VERSIONS = {"same": 1, "int8": 2}  # by storage of the linear maps: who reads version 1 alone reads all but int8
 MAX_MANIFEST_BYTES = 32 << 20
-_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U8": torch.uint8,
-    "I64": torch.int64,
-    "I8": torch.int8,
-}
-_READ_DTYPES = _DTYPES | {"F64": torch.float64, "I32": torch.int32, "BOOL": torch.bool}
 
 
 class PackedLinear(BaseModel):
@@ -89,56 +77,6 @@ class Manifest(BaseModel):
             if VERSIONS[linear.storage] > self.version:
                 raise ValueError(f"{linear.name}: storage {linear.storage} needs version {VERSIONS[linear.storage]}")
         return self
-
-
-class TensorInfo(NamedTuple):
-    path: Path
-    dtype: str  # safetensors' name of it
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _READ_DTYPES[self.dtype].itemsize
-
-
-class TensorFiles:
-    """Tensors of several safetensors files by name, read one at a time.
-
-    raises  WandappError on a file that is no safetensors, is truncated, or repeats another's tensor
-    """
-
-    def __init__(self, paths: Iterable[Path]):
-        self.infos: dict[str, TensorInfo] = {}
-        for path in paths:
-            with _readable(path), safe_open(path, framework="pt") as file:  # the header must describe the file's bytes
-                for name in file.keys():
-                    if name in self.infos:
-                        raise WandappError(f"{path}: the tensor {name} is also in {self.infos[name].path.name}")
-                    part = file.get_slice(name)
-                    self.infos[name] = TensorInfo(path, part.get_dtype(), tuple(part.get_shape()))
-
-    def read(self, name: str) -> Tensor:
-        """The tensor, mapped from its file: memory is only taken for what is looked at, until it is dropped."""
-        path, dtype, shape = self.infos[name]
-        if dtype not in _READ_DTYPES:
-            raise WandappError(f"{path}: {name} has the type {dtype}, which wandapp does not read")
-        with _readable(path), safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-
-
-class _readable:
-    """Turns what a damaged file makes its reader raise into one sentence."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, (SafetensorError, OSError)):
-            reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-            raise WandappError(f"{self.path}: corrupt or incomplete ({reason}); fetch or pack it again") from None
 
 
 class PackedCheckpoint:
@@ -260,7 +198,7 @@ class PackedCheckpoint:
         for part in self._parts(linear):
             dtype, expected = rule_of[part]
             _, stored_dtype, shape = self.files.infos[part]
-            found = str(_DTYPES.get(stored_dtype, stored_dtype)).removeprefix("torch.")
+            found = str(DTYPES.get(stored_dtype, stored_dtype)).removeprefix("torch.")
             if found != dtype or (len(shape) != 1 if expected is None else shape != expected):
                 size = "[number of weights]" if expected is None else list(expected)
                 raise WandappError(f"{self.folder}: {part} must be {dtype} {size}, got {found} {list(shape)}")

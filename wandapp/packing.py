@@ -20,9 +20,10 @@ from wandapp.errors import WandappError, nearest
 from wandapp.kernels.pack import Packed, pack
 from wandapp.kernels.pack.int8 import relative_error, to_int8
 from wandapp.memory import give_back
-from wandapp.models import PACKED_MANIFEST, checkpoint_files, output_folder, skeleton
-from wandapp.packed import FORMAT, VERSIONS, Manifest, PackedCheckpoint, PackedLinear, TensorFiles, TensorInfo
+from wandapp.models import output_folder, skeleton
+from wandapp.packed import FORMAT, VERSIONS, Manifest, PackedCheckpoint, PackedLinear
 from wandapp.pattern import SparsityPattern
+from wandapp.weight_files import PACKED_MANIFEST, TensorInfo, checkpoint_tensors
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -99,7 +100,7 @@ def pack_checkpoint(
     if storage not in VERSIONS:
         raise WandappError(f"unknown storage {storage!r}; {nearest(storage, VERSIONS)}")
     pattern, skip = _what_was_pruned(source, sparsity, skip)
-    files = TensorFiles(checkpoint_files(source))
+    files = checkpoint_tensors(source)
     model = skeleton(source, max_blocks=len(files.infos))
     with output_folder(out, overwrite) as partial:
         _copy_companions(source, partial)

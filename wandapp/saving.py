@@ -14,7 +14,6 @@ from wandapp.conversion import checkpoint_state, tensor_homes
 from wandapp.errors import WandappError
 from wandapp.models import output_folder, save_companions, skeleton_of
 from wandapp.modules import SparseExperts, SparseLinear
-from wandapp.packed import TensorInfo
 from wandapp.packing import (
     PackSummary,
     add_recipe,
@@ -24,6 +23,7 @@ from wandapp.packing import (
     write_shards,
 )
 from wandapp.pattern import SparsityPattern
+from wandapp.weight_files import TensorInfo
 
 
 class Pruned(NamedTuple):

@@ -2,7 +2,7 @@
 
 from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
-from wandapp.errors import WandappError, nearest
+from wandapp.errors import WandappError, nearest, shorten
 from wandapp.methods.base import Method
 from wandapp.methods.gblm import GBLM
 from wandapp.methods.magnitude import Magnitude
@@ -28,10 +28,12 @@ def resolve(name: str) -> tuple[str, ...]:
     """Registry names of a method and its refiners: "wanda++" -> ("rgs", "ro")."""
     method, *refiners = ALIASES.get(name, name).split("+")
     if method not in METHODS:
-        raise WandappError(f"method {name!r} does not exist; {nearest(name, [*METHODS, *ALIASES])}")
+        raise WandappError(f"method {shorten(name)!r} does not exist; {nearest(name, [*METHODS, *ALIASES])}")
     for refiner in refiners:
         if refiner not in REFINERS:
-            raise WandappError(f"method {name!r}: refiner {refiner!r} does not exist; {nearest(refiner, REFINERS)}")
+            raise WandappError(
+                f"method {shorten(name)!r}: refiner {shorten(refiner)!r} does not exist; {nearest(refiner, REFINERS)}"
+            )
     return method, *refiners
 
 
