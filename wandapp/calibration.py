@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from wandapp.corpus import Corpus, builtin_text, existing_file, first_line, read_corpus
-from wandapp.errors import WandappError
+from wandapp.errors import WandappError, shorten
 from wandapp.memory import kept_pages
 
 __all__ = ["Calibration", "builtin_text", "load_calibration", "save_tokens"]
@@ -87,8 +87,11 @@ def load_calibration(
     return Calibration(tokens, description, ids_sha256(tokens))
 
 
-def save_tokens(tokens: Tensor, path: str | Path) -> None:
-    """Write token ids to a .safetensors (as `tokens`) or .npy file: whole, or not at all."""
+def save_tokens(tokens: Tensor, path: str | Path, origin: str | None = None) -> None:
+    """Write token ids to a .safetensors (as `tokens`) or .npy file: whole, or not at all.
+
+    origin   how they were drawn; a .safetensors keeps it, and a run that reads the file repeats it
+    """
     path = Path(path)
     if not is_token_file(path):
         suffix = path.suffix or "no suffix"
@@ -100,7 +103,7 @@ def save_tokens(tokens: Tensor, path: str | Path) -> None:
             with open(partial, "wb") as file:
                 np.save(file, tokens.numpy())
         else:
-            save_file({"tokens": tokens}, partial)
+            save_file({"tokens": tokens}, partial, metadata={"origin": origin} if origin else None)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
@@ -258,7 +261,16 @@ def _given_tokens(source: Tensor | str | Path, samples: int | None, seq_len: int
             f"use --samples {rows} (or fewer) --seq-len {width}"
         )
     which = f"all {rows}" if samples == rows else f"the first {samples} of {rows}"
-    return tokens[:samples], f"{name}: {which} samples of {width} given tokens"
+    origin = "" if is_tensor else _origin(source)
+    return tokens[:samples], f"{name}: {which} samples of {width} given tokens" + (origin and f", drawn from {origin}")
+
+
+def _origin(path: str | Path) -> str:
+    """How the tokens in a file were drawn, where `save_tokens` was told."""
+    if Path(path).suffix != ".safetensors":
+        return ""
+    with safe_open(path, framework="pt") as file:  # read before, so it is one
+        return shorten((file.metadata() or {}).get("origin", ""), 500)
 
 
 def _as_ids(tokens: Tensor, name: str) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from wandapp.config import PruneConfig
-from wandapp.models import is_packed
+from wandapp.weight_files import is_packed
 
 PACKED_NOTE = (
     "\n> This folder holds the packed form, which `wandapp.load_sparse` and `wandapp generate` read; "

@@ -20,6 +20,7 @@ from wandapp import (
     cli_packed,
     cli_recover,
     cli_report,
+    cli_sweep,
 )
 from wandapp.cli_options import Device, Dtype, Json, ModelArgument, Private, PushToHub, Track, with_flags_of
 from wandapp.config import PruneConfig
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for topic in (cli_packed, cli_eval, cli_recover, cli_inspect, cli_report, cli_hub):
+for topic in (cli_packed, cli_eval, cli_recover, cli_inspect, cli_report, cli_hub, cli_sweep):
     app.add_typer(topic.commands)
 app.add_typer(cli_bench.bench, name="bench")
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from wandapp.errors import WandappError
-from wandapp.models import checkpoint_files, is_packed, skeleton
-from wandapp.packed import PackedCheckpoint, TensorFiles
+from wandapp.models import skeleton
+from wandapp.packed import PackedCheckpoint
 from wandapp.packing import tensor_layout
+from wandapp.weight_files import TensorFiles, checkpoint_files, is_packed
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 _ROWS = 4096  # of a weight looked at together, to bound the memory of counting

@@ -364,6 +364,13 @@ def _compute_buffers(model: nn.Module, folder: str | Path) -> None:
             model._init_weights(module)
 
 
+def tokenizer_of(reference: str) -> Any | None:
+    """The tokenizer of whatever `load_model` reads, without its weights; None where there is none."""
+    place, gguf_file = _locate(reference)
+    with _quiet_transformers():
+        return _load_tokenizer(reference, place, gguf_file)
+
+
 def load_tokenizer(folder: str | Path) -> Any | None:
     """The tokenizer whose files lie in `folder`, or None where there are none."""
     with _quiet_transformers():
