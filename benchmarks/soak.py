@@ -1,0 +1,277 @@
+"""Prune, pack, verify and unpack over and over, while processes are killed and disks fail at random moments.
+
+    python benchmarks/soak.py --minutes 5
+
+Every recipe is run once undisturbed; afterwards the same job is disturbed until it is done, and its bytes are compared:
+
+    kill      SIGKILL after a random time
+    fsize     no file may grow beyond a random size (RLIMIT_FSIZE): a write fails in the middle of a file
+    full      the disk has room for a part of the output only (a small tmpfs; needs root, else left out)
+    vanish    OUT.partial is deleted while the job runs
+    stop      SIGINT: the job must exit with 3 and name the command that goes on
+
+A job may fail when its disk does, with exit code 2 and one sentence; it must never end well with other bytes, end with a
+traceback, or leave an output that looks complete and is not. Those are mismatches, and the figure for them must be 0.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from wandapp import save_pruned
+from wandapp.console import Output
+from wandapp.doctor import describe_machine, examine
+
+BLOCKS, HIDDEN = 8, 256
+TOKENS = 16, 128  # samples, seq_len
+ROOM = 512 << 20  # of the small disk; its files are a quarter of that
+RECIPES = {
+    "wanda 2:4": {"method": "wanda", "sparsity": "2:4"},
+    "sparsegpt 4:8": {"method": "sparsegpt", "sparsity": "4:8"},
+    "wanda++ 2:4": {"method": "wanda++", "sparsity": "2:4", "ro_rounds": 2, "ro_samples": 4},
+    "magnitude 0.5": {"method": "magnitude", "sparsity": "0.5"},
+    "gblm 0.5": {"method": "gblm", "sparsity": "0.5"},
+}
+HARM = ("kill", "kill", "kill", "fsize", "full", "vanish", "stop")
+MAX_HARMED = 6  # times one job is disturbed before it is left in peace
+
+
+class Soak:
+    """The loop, its counts, and the bytes that each recipe must give."""
+
+    def __init__(self, work: Path, minutes: float, seed: int):
+        self.work, self.rng = work, random.Random(seed)
+        self.deadline = time.monotonic() + 60 * minutes
+        self.counts: dict[str, Counter] = {name: Counter() for name in RECIPES}
+        self.mismatches: list[str] = []
+        self.expected: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.disk = self._small_disk()
+        make_model(work / "model")
+
+    def run(self) -> None:
+        """Reference outputs first, then disturbed jobs, a recipe at a time, until the time is up."""
+        for name in RECIPES:
+            start = time.monotonic()
+            out = self._folder(name) / "reference"
+            self._must(name, self._prune(name, out), 0)
+            self.seconds[name] = time.monotonic() - start
+            self.expected[name] = digest(out)
+        names = list(RECIPES)
+        while time.monotonic() < self.deadline:
+            self._job(names[sum(count["jobs"] for count in self.counts.values()) % len(names)])
+
+    def _job(self, name: str) -> None:
+        """One disturbed prune, pack, verify and unpack, compared at each end."""
+        count, folder = self.counts[name], self._folder(name)
+        out, packed, dense = folder / "out", folder / "packed", folder / "dense"
+        seconds = self.seconds[name]
+        self._disturbed(name, out, seconds, lambda place: self._prune_command(name, place))
+        self._compare(name, out)
+        self._disturbed(name, packed, seconds / 2, lambda place: ["pack", out, place])
+        self._must(name, self._wandapp(["verify", packed]), 0)
+        self._disturbed(name, dense, seconds / 2, lambda place: ["unpack", packed, place])
+        self._compare(name, dense)
+        count["jobs"] += 1
+        for path in (out, packed, dense):
+            shutil.rmtree(path)
+
+    def _disturbed(self, name: str, out: Path, seconds: float, command) -> None:
+        """Runs a command under random harm until it ends well; `out` appears only then."""
+        for harm in [*self.rng.choices(HARM, k=self.rng.randrange(1, MAX_HARMED)), None]:
+            if harm is None or time.monotonic() > self.deadline:
+                self._must(name, self._wandapp(command(out)), 0)
+                return
+            ended = self._harmed(name, harm, out, seconds, command)
+            if ended:
+                return
+
+    def _harmed(self, name: str, harm: str, out: Path, seconds: float, command) -> bool:
+        """One run under `harm`; whether it ended well all the same."""
+        count, delay = self.counts[name], self.rng.uniform(0.3, 1.1) * seconds
+        if harm == "full" and self.disk is None:
+            count["full: left out"] += 1
+            return False
+        with self._place(harm, out) as place:
+            limit = self.rng.choice([10, 1000, 100_000, 1_000_000]) if harm == "fsize" else None
+            process = self._start(command(place), limit)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(delay if harm in ("kill", "stop", "vanish") else None)
+            is_alive = process.poll() is None
+            if is_alive:
+                self._act(harm, process, place)
+            said = process.communicate()[1]
+            code = process.returncode
+            self._judge(name, harm, code, said, is_alive, place)
+            count[harm] += is_alive or code != 0
+            if code:
+                count["resumed"] += Path(f"{place}.partial").exists()
+            if code and harm == "full":  # room is made, and the same folder goes on
+                (self.disk / "filler").unlink()
+                self._must(name, self._wandapp(command(place)), 0)
+            if place != out and place.exists():
+                shutil.move(place, out)
+        return out.exists()
+
+    def _act(self, harm: str, process: subprocess.Popen, place: Path) -> None:
+        if harm == "kill":
+            process.kill()
+        elif harm == "stop":
+            process.send_signal(signal.SIGINT)
+        elif harm == "vanish":
+            shutil.rmtree(f"{place}.partial", ignore_errors=True)
+
+    def _judge(self, name: str, harm: str, code: int, said: str, is_alive: bool, place: Path) -> None:
+        """Every end that is not one of the allowed ones is a mismatch."""
+        allowed = {"kill": {0, -9}, "stop": {0, 3, -2}, "vanish": {0, 2}, "fsize": {0, 2}, "full": {0, 2}}[harm]
+        if code not in allowed or "Traceback" in said:
+            self._mismatch(name, f"{harm}: exit code {code}: {said[-600:]}")
+        if code and place.exists():
+            self._mismatch(name, f"{harm}: {place} exists after exit code {code}")
+
+    @contextlib.contextmanager
+    def _place(self, harm: str, out: Path) -> Iterator[Path]:
+        """Where the run writes: `out`, or the small disk with only a part of it free."""
+        if harm != "full":
+            yield out
+            return
+        filler = self.disk / "filler"
+        filler.write_bytes(bytes(ROOM - self.rng.randrange(1 << 20, ROOM // 4)))
+        try:
+            yield self.disk / "out"
+        finally:
+            for path in self.disk.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _small_disk(self) -> Path | None:
+        """A tmpfs of ROOM bytes, where one can be mounted."""
+        disk = self.work / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "wandapp-soak", str(disk)]
+        with contextlib.suppress(FileNotFoundError):
+            if subprocess.run(mount, capture_output=True).returncode == 0:
+                return disk
+        return None
+
+    def close(self) -> None:
+        if self.disk:
+            subprocess.run(["umount", str(self.disk)], check=True)
+
+    def _folder(self, name: str) -> Path:
+        folder = self.work / name.replace(" ", "-").replace(":", "of")
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def _prune_command(self, name: str, out: Path) -> list:
+        recipe = self._folder(name) / "recipe.yaml"
+        samples, seq_len = TOKENS
+        options = {"calibration": self.work / "ids.safetensors", "samples": samples, "seq_len": seq_len}
+        lines = RECIPES[name] | options | {"model": self.work / "model"}
+        recipe.write_text("".join(f"{key}: '{value}'\n" for key, value in lines.items()))
+        return ["prune", "--config", recipe, "--out", out, "--resume"]
+
+    def _prune(self, name: str, out: Path) -> subprocess.CompletedProcess:
+        return self._wandapp(self._prune_command(name, out))
+
+    def _start(self, arguments: list, file_bytes: int | None = None) -> subprocess.Popen:
+        def limit() -> None:
+            if file_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+        command = [sys.executable, "-m", "wandapp", *map(str, arguments)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
+
+    def _wandapp(self, arguments: list) -> subprocess.CompletedProcess:
+        process = self._start(arguments)
+        said = process.communicate()[1]
+        return subprocess.CompletedProcess(arguments, process.returncode, "", said)
+
+    def _must(self, name: str, run: subprocess.CompletedProcess, code: int) -> None:
+        if run.returncode != code:
+            self._mismatch(name, f"{run.args[0]}: exit code {run.returncode}, not {code}: {run.stderr[-600:]}")
+
+    def _compare(self, name: str, folder: Path) -> None:
+        if digest(folder) != self.expected[name]:
+            self._mismatch(name, f"{folder.name}: other tensors than in the undisturbed run")
+
+    def _mismatch(self, name: str, what: str) -> None:
+        self.counts[name]["mismatches"] += 1
+        self.mismatches.append(f"{name}: {what}")
+
+
+def make_model(folder: Path) -> None:
+    """A random Llama of BLOCKS blocks, and its calibration tokens beside it."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+    )
+    save_pruned(AutoModelForCausalLM.from_config(config), None, folder, files={})
+    save_file({"tokens": torch.randint(512, TOKENS)}, folder.parent / "ids.safetensors")
+
+
+def digest(folder: Path) -> str:
+    """Hash of every tensor of a checkpoint by name, however it is cut into files; "" where there is none."""
+    from wandapp.weight_files import checkpoint_tensors
+
+    if not folder.is_dir():
+        return ""
+    files, sha = checkpoint_tensors(folder), hashlib.sha256()
+    for name in sorted(files.infos):
+        tensor = files.read(name)
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="folder for everything; a temporary one when left out")
+    options = parser.parse_args()
+    output = Output()
+    machine = describe_machine(examine())
+    output.rows(machine)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="wandapp-soak-", dir=options.work) as work:
+        soak = Soak(Path(work), options.minutes, options.seed)
+        try:
+            soak.run()
+        finally:
+            soak.close()
+    columns = ["jobs", "kill", "stop", "fsize", "full", "vanish", "resumed", "mismatches"]
+    total = sum(soak.counts.values(), Counter())
+    rows = [[name, *(str(count[column]) for column in columns)] for name, count in soak.counts.items()]
+    output.table(["recipe", *columns], [*rows, ["all", *(str(total[column]) for column in columns)]])
+    for line in soak.mismatches:
+        output.result(line)
+    result = {"minutes": (time.monotonic() - start) / 60, "seed": options.seed, "machine": machine}
+    result |= {"all": total, "recipes": soak.counts, "what": soak.mismatches, "small disk": soak.disk is not None}
+    print(json.dumps(result))
+    return 1 if soak.mismatches else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
