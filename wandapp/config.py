@@ -77,6 +77,16 @@ class PruneConfig(Options):
     ro_loss: Literal["frobenius", "token"] | None = Field(
         None, description="ro: squared error of the outputs as they are, or with each token divided by its target's RMS"
     )
+    reconstruct_passes: int = Field(6, ge=0, description="passes of +reconstruct over all calibration samples")
+    reconstruct_lr: float = Field(
+        3e-3,
+        gt=0,
+        description="highest learning rate of +reconstruct, as a fraction of each parameter's root mean square",
+    )
+    reconstruct_loss: Literal["frobenius", "token"] = Field(
+        "token",
+        description="+reconstruct: squared error of the outputs as they are, or each token's by its target's RMS",
+    )
     gblm_norm: Literal["l2", "l1"] = Field("l2", description="how gblm joins gradients of samples (arXiv:2311.04902)")
     damping: float = Field(
         0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of its mean (arXiv:2301.00774)"

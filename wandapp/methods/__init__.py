@@ -6,6 +6,7 @@ from wandapp.errors import WandappError, nearest, shorten
 from wandapp.methods.base import Method
 from wandapp.methods.gblm import GBLM
 from wandapp.methods.magnitude import Magnitude
+from wandapp.methods.reconstruct import Reconstruction
 from wandapp.methods.rgs import RegionalGradientScore
 from wandapp.methods.ro import RegionalOptimisation
 from wandapp.methods.sparsegpt import SparseGPT
@@ -20,7 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "gblm": GBLM,
     "rgs": RegionalGradientScore,
 }
-REFINERS = {"ro": RegionalOptimisation}
+REFINERS = {"ro": RegionalOptimisation, "reconstruct": Reconstruction}
 ALIASES = {"wanda++": "rgs+ro"}
 
 

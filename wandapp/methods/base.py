@@ -17,7 +17,7 @@ from wandapp.errors import NonFiniteScoreError, WandappError
 from wandapp.histograms import BlockHistograms
 from wandapp.kernels.select import prune_nm_, prune_rows_
 from wandapp.pattern import SparsityPattern
-from wandapp.statistics import Measurements, measure
+from wandapp.statistics import Measurements, measure, token_rms
 
 ERROR_SAMPLES = 4  # leading samples on which a block's error is measured, where their dense outputs are kept
 
@@ -152,15 +152,30 @@ def layer_errors(
 
 
 @torch.no_grad()
-def block_error(block: DecoderBlock, hidden: Tensor, dense: Tensor, ranks: Ranks) -> float:
-    """Relative error of the block's outputs, over the leading samples whose dense [samples, ...] outputs the ranks hold."""
+def block_error(block: DecoderBlock, hidden: Tensor, dense: Tensor, ranks: Ranks, kind: str = "frobenius") -> float:
+    """Relative error of the block's outputs, over the leading samples whose dense [samples, ...] outputs the ranks hold.
+
+    sqrt(sum output_error / sum of squares of the dense outputs), for kind "token" each token of both divided by its RMS
+    """
     batch_size = 1 if 1 in block.calls else None
     squares = torch.zeros(2, dtype=torch.float64, device=hidden.device)  # of the difference, of the dense outputs
     for rows in block.batches(len(dense), batch_size):
-        pair = torch.stack([block(hidden[rows]) - dense[rows], dense[rows]]).float()
-        squares += torch.linalg.vector_norm(pair.flatten(1), dim=1).double().square()
+        target = dense[rows]
+        pair = torch.stack(
+            [output_error(block(hidden[rows]), target, kind), _normalised(target, target, kind).square()]
+        )
+        squares += pair.flatten(1).sum(dim=1, dtype=torch.float64)
     difference, reference = ranks.sum_(squares).sqrt().tolist()
     return difference / max(reference, 1e-30)
+
+
+def output_error(output: Tensor, target: Tensor, kind: str) -> Tensor:
+    """Squared error [..., hidden_size] fp32 of a block's outputs; "token": each token's error divided by its target's RMS."""
+    return _normalised(output.float() - target.float(), target, kind).square()
+
+
+def _normalised(states: Tensor, target: Tensor, kind: str) -> Tensor:
+    return states.float() if kind == "frobenius" else states.float() / token_rms(target)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

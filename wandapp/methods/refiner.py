@@ -5,14 +5,13 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from wandapp.blocks import DecoderBlock
 from wandapp.config import PruneConfig
 from wandapp.methods.base import ERROR_SAMPLES, BlockRecord, Method, block_error
 from wandapp.pattern import SparsityPattern
-from wandapp.statistics import Measurements, token_rms
+from wandapp.statistics import Measurements
 
 
 class Snapshot:
@@ -40,6 +39,7 @@ class Refiner(Method):
     compensates = True
     outputs_read = None  # all: they are what it optimises for
     title = "refinement"  # in warnings
+    loss = "frobenius"  # kind of `output_error` by which the better weights are told
 
     def __init__(self, config: PruneConfig, method: Method):
         super().__init__(config, method.ranks)
@@ -72,33 +72,20 @@ class Refiner(Method):
         self.method.transform(block, hidden, measured, pattern, record)
         if self.is_idle:
             return
-        before = Snapshot(self.parameters(block))
-        self.refine(block, hidden, measured, Refinement(pattern, dense))
-        self._keep_better(block, hidden, measured, before, record)
-
-    def _keep_better(
-        self, block: DecoderBlock, hidden: Tensor, measured: Measurements, before: Snapshot, record: BlockRecord
-    ) -> None:
         probe = measured.outputs[: measured.share.leading(ERROR_SAMPLES)]
-        earlier, error = record.error, block_error(block, hidden, probe, self.ranks)
-        record.error_before = earlier if record.error_before is None else record.error_before
-        if error <= earlier:
-            record.error = error
-            return
-        record.warnings.append(
-            f"{block.name}: {self.title} changed the block's error from {earlier:.4g} to {error:.4g}; the weights before "
-            "it were kept"
-        )
-        before.restore()
+        before, earlier = Snapshot(self.parameters(block)), block_error(block, hidden, probe, self.ranks, self.loss)
+        self.refine(block, hidden, measured, Refinement(pattern, dense))
+        error = block_error(block, hidden, probe, self.ranks, self.loss)
+        if error > earlier:
+            before.restore()
+            record.warnings.append(
+                f"{block.name}: {self.title} changed the block's error from {earlier:.4g} to {error:.4g}; the weights "
+                "before it were kept"
+            )
+        record.error_before = record.error if record.error_before is None else record.error_before
+        record.error = block_error(block, hidden, probe, self.ranks)
 
 
 def linear_parameters(block: DecoderBlock) -> list[nn.Parameter]:
     """The stored tensors of the linear maps to prune; experts share one."""
     return list(dict.fromkeys(view.parameter for view in block.linears.values()))
-
-
-def output_error(output: Tensor, target: Tensor, kind: str) -> Tensor:
-    """Squared error [..., hidden_size] fp32 of a block's outputs; "token": each token's error divided by its target's RMS."""
-    output, target = output.float(), target.float()
-    error = output - target
-    return torch.square(error if kind == "frobenius" else error / token_rms(target))

@@ -24,8 +24,8 @@ from wandapp.blocks import DecoderBlock, LinearView
 from wandapp.distributed import Share, even_counts
 from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.kernels.rmsprop import rmsprop_
-from wandapp.methods.base import BlockRecord, Method
-from wandapp.methods.refiner import Refinement, Refiner, linear_parameters, output_error
+from wandapp.methods.base import BlockRecord, Method, output_error
+from wandapp.methods.refiner import Refinement, Refiner, linear_parameters
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
 
