@@ -60,7 +60,7 @@ def pruned(checkpoint) -> Path:
 
 
 def test_prune_writes_a_checkpoint_that_holds_the_pattern(pruned):
-    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "wandapp"} <= {
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json", "README.md", "wandapp"} <= {
         p.name for p in pruned.iterdir()
     }
     pattern = SparsityPattern.parse("2:4")
@@ -97,7 +97,9 @@ def test_recipe_repeats_the_run(pruned, monkeypatch, capfd):
     assert yaml.safe_load(recipe.read_text())["sparsity"] == "2:4"
     code, _, _ = call(monkeypatch, capfd, "prune", "--config", recipe, "--out", again)
     assert code == 0
-    assert (again / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+    files = sorted(path.name for path in pruned.glob("model*"))
+    assert len(files) == 3 + 2 and files == sorted(path.name for path in again.glob("model*"))
+    assert all((again / name).read_bytes() == (pruned / name).read_bytes() for name in files)
 
 
 def test_flags_win_over_the_recipe(checkpoint, tmp_path, monkeypatch, capfd):

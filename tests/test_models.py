@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wandapp import WandappError, load_model, models, save_pruned
+from wandapp import WandappError, load_model, models, output, save_pruned
 
 FILES = {"wandapp/recipe.yaml": "model: tiny\n", "README.md": "# tiny\n"}
 
@@ -99,7 +99,7 @@ def test_failure_while_writing_leaves_the_old_output_and_no_partial_one(tiny, tm
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(models, "_flush_to_disk", full_disk)
+    monkeypatch.setattr(output, "flush_to_disk", full_disk)
     with pytest.raises(WandappError, match="No space left on device"):
         save_pruned(*tiny, out, files={}, overwrite=overwrite)
     assert list(tmp_path.iterdir()) == ([out] if overwrite else [])

@@ -18,6 +18,7 @@ _HOME = {
     "load_model": "wandapp.models",
     "save_pruned": "wandapp.models",
     "prune": "wandapp.pipeline",
+    "prune_checkpoint": "wandapp.job",
     "PruneReport": "wandapp.report",
     "pack_checkpoint": "wandapp.packing",
     "unpack_checkpoint": "wandapp.packing",

@@ -153,6 +153,7 @@ class DecoderBlock:
                 f"{self.name}: no call was recorded for a batch of {hidden.shape[0]}; recorded: {sorted(self.calls)}"
             )
         call = self.calls[hidden.shape[0]]
+        hidden = hidden.to(next(self.module.parameters()).device)  # they may live in a file
         if call.hidden_keyword:
             output = self.module(*call.args, **{call.hidden_keyword: hidden}, **call.kwargs)
         else:
@@ -340,11 +341,20 @@ def forward_from(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden
 
 
 @torch.no_grad()
-def record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: int) -> Recording:
+def record(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    batch_size: int,
+    *,
+    allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] = torch.empty,
+) -> Recording:
     """Runs the model's own forward on tokens [samples, seq_len] with recorders for blocks.
 
     All blocks are called once for the first two batches of each size, which shows arguments that depend on the text;
     after that a forward ends at the first block. Sizes recorded: batch_size, 1 and the remainder.
+
+    allocate   makes the tensor for the first block's inputs, from shape and dtype
     """
     base = getattr(model, "base_model", model)
     device = next(model.parameters()).device
@@ -358,7 +368,7 @@ def record(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_size: 
         size = len(hidden)
         if index == 0 and start is not None:
             if hidden_states is None:
-                hidden_states = hidden.new_empty(len(tokens), *hidden.shape[1:])
+                hidden_states = allocate((len(tokens), *hidden.shape[1:]), dtype=hidden.dtype)
             hidden_states[start : start + size] = hidden
         if times_recorded.get(size, 0) >= 2:
             raise _StopForward

@@ -3,8 +3,8 @@
 Exit codes: 0 done, 1 verification failed, 2 bad input (one sentence on stderr), 3 interrupted; see cli_habits.py.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +24,7 @@ from wandapp import (
 )
 from wandapp.cli_options import Device, Dtype, Json, ModelArgument, Private, PushToHub, Track, with_flags_of
 from wandapp.config import PruneConfig
-from wandapp.console import Output, speaks_for_all
+from wandapp.console import Output, duration, speaks_for_all
 from wandapp.errors import WandappError
 
 app = typer.Typer(
@@ -59,6 +59,10 @@ def prune_command(
     track: Track = None,
     push_to_hub: PushToHub = None,
     private: Private = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with an interrupted run; begin where there is none")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="say what memory, disk and time it will take, and stop")] = False,
     json_only: Json = False,
     options: dict[str, Any] | None = None,
 ) -> None:
@@ -67,9 +71,11 @@ def prune_command(
     if model is not None:
         options["model"] = model
     recipe = PruneConfig.from_yaml(config, **options) if config else PruneConfig(**options)
+    if plan:
+        return show_plan(recipe, output)
     packed = cli_packed.check_packed_output(recipe) if pack else None
     cli_hub.check_push(push_to_hub)
-    report = run_recipe(recipe, output, track or ())
+    report = run_recipe(recipe, output, track or (), resume=resume)
     if not speaks_for_all():
         return
     sizes = {"packed": cli_packed.pack_and_show(recipe.out, packed, output, overwrite=recipe.overwrite)} if pack else {}
@@ -77,42 +83,48 @@ def prune_command(
     output.finish({"model": recipe.model, "out": recipe.out, **report.to_dict(), **sizes, **pushed})
 
 
-def run_recipe(recipe: PruneConfig, output: Output, trackers: Sequence[str] = ()) -> Any:
+def run_recipe(recipe: PruneConfig, output: Output, trackers: Sequence[str] = (), *, resume: bool = False) -> Any:
     """Load, prune, save; the report. Whatever can be refused is refused before the model is loaded."""
-    from wandapp import methods
-
-    for name, example in (("model", "wandapp prune smollm2 ..."), ("out", "--out pruned-model")):
-        if getattr(recipe, name) is None:
-            raise WandappError(f"prune needs {name}; give it, e.g. {example}")
-    methods.resolve(recipe.method)
-    from wandapp.distributed import join
-    from wandapp.models import check_output, load_model, resolve_device, save_pruned
+    from wandapp.job import prune_checkpoint
     from wandapp.track import check_trackers, tracking
 
     check_trackers(trackers)
-
-    with join(resolve_device(recipe.device)) as ranks:
-        ranks.first(lambda: check_output(recipe.out, recipe.overwrite))
-        output.note(f"loading {recipe.model}")
-        model, tokenizer = load_model(recipe.model, dtype=recipe.dtype)
-        run = {"model": recipe.model, "method": recipe.method, "sparsity": recipe.sparsity, "seed": recipe.seed}
-        with tracking(trackers if ranks.is_first else (), recipe.out, run) as log:
-            report = prune_with_progress(model, tokenizer, recipe, output, ranks, log)
-        if ranks.is_first:
-            save_pruned(model, tokenizer, recipe.out, files=companion_files(recipe, report), overwrite=recipe.overwrite)
+    run = {"model": recipe.model, "method": recipe.method, "sparsity": recipe.sparsity, "seed": recipe.seed}
+    log_in = tracking(trackers if speaks_for_all() and recipe.out else (), recipe.out, run)
+    with log_in as log, _progress(recipe, output, log) as on_progress:
+        report = prune_checkpoint(recipe, resume=resume, on_progress=on_progress, say=output.note)
+    for warning in report.warnings:
+        output.warn(warning)
     output.rows(summary(recipe, report))
     return report
 
 
-def prune_with_progress(
-    model: Any, tokenizer: Any, recipe: PruneConfig, output: Output, ranks: Any = None, log: Any = None
-) -> Any:
-    """Prune in place, showing the block in work and the time left; warnings are printed at the end.
+def show_plan(recipe: PruneConfig, output: Output) -> None:
+    """What the run will need, beside what is there."""
+    from wandapp.plan import plan_run
+
+    if recipe.model is None:
+        raise WandappError("prune needs model; give it, e.g. wandapp prune smollm2 ...")
+    plan, gib = plan_run(recipe), 2**30
+    parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in plan.parts.items())
+    output.rows(
+        {
+            "blocks": f"{plan.blocks}, {'read from the disk one by one' if plan.streams else 'all in memory'}",
+            "calibration": f"{plan.samples} samples of {plan.seq_len} tokens",
+            "peak memory": f"{plan.peak_bytes / gib:.2f} GiB ({parts}); free: {plan.free_bytes / gib:.2f}",
+            "disk": f"{plan.disk_bytes / gib:.2f} GiB; free: {plan.free_disk_bytes / gib:.2f}",
+            "time": f"about {duration(plan.seconds)} of work, at the {plan.matmul_gflops:.0f} GFLOP/s measured here",
+        }
+    )
+    output.finish(plan.to_dict())
+
+
+@contextmanager
+def _progress(recipe: PruneConfig, output: Output, log: Callable | None = None) -> Iterator[Callable]:
+    """What to call after every block, to show the block in work and the time left.
 
     log  told (block, its figures), see wandapp.track
     """
-    from wandapp.pipeline import prune
-
     with output.progress(f"{recipe.method} {recipe.sparsity}: block") as update:
 
         def show(p: Any) -> None:
@@ -120,7 +132,15 @@ def prune_with_progress(
             if log:
                 log(p.block, p.figures)
 
-        report = prune(model, tokenizer, config=recipe, on_progress=show, ranks=ranks)
+        yield show
+
+
+def prune_with_progress(model: Any, tokenizer: Any, recipe: PruneConfig, output: Output) -> Any:
+    """Prune in place, showing the block in work and the time left; warnings are printed at the end."""
+    from wandapp.pipeline import prune
+
+    with _progress(recipe, output) as on_progress:
+        report = prune(model, tokenizer, config=recipe, on_progress=on_progress)
     for warning in report.warnings:
         output.warn(warning)
     return report
@@ -128,28 +148,16 @@ def prune_with_progress(
 
 def summary(recipe: PruneConfig, report: Any) -> dict[str, str]:
     """What a person wants to know after a run."""
+    waited = report.seconds_by_phase.get("disk", 0.0)
     return {
         "pruned": f"{recipe.model} with {recipe.method} to {recipe.sparsity}, {report.linears} linear maps",
         "sparsity": f"{report.sparsity:.4f}",
         "time": f"{report.seconds:.1f} s at {report.achieved_gflops:.0f} GFLOP/s; a plain matmul here runs at "
         f"{report.matmul_gflops:.0f} GFLOP/s",
+        "waited for disk": f"{waited:.1f} s, {waited / max(report.seconds, 1e-9):.1%} of the time",
         "peak memory": f"{report.peak_gib:.2f} GiB",
         "calibration": report.calibration,
         "saved": str(recipe.out),
-    }
-
-
-def companion_files(recipe: PruneConfig, report: Any) -> dict[str, str]:
-    """Recipe, report and model card that lie beside the weights."""
-    from wandapp.card import model_card
-    from wandapp.report import block_figures, json_ready
-
-    blocks = [{"step": step, **block_figures(record)} for step, record in enumerate(report.blocks, start=1)]
-    return {
-        "wandapp/recipe.yaml": recipe.resolved().dump_yaml(),
-        "wandapp/blocks.jsonl": "".join(json.dumps(json_ready(block)) + "\n" for block in blocks),
-        "wandapp/report.json": json.dumps(report.to_dict(), indent=1) + "\n",
-        "README.md": model_card(recipe, report.to_dict()),
     }
 
 

@@ -10,7 +10,7 @@ import typer
 from typer.main import get_command
 
 from wandapp.console import Verbosity, fail, set_verbosity, speaks_for_all, verbosity
-from wandapp.errors import WandappError
+from wandapp.errors import Interrupted, WandappError
 
 EXIT_CODES = """\b
 Exit codes:
@@ -54,6 +54,10 @@ def run(app: typer.Typer) -> None:
     except WandappError as error:
         _explain(error)
         sys.exit(2)
+    except Interrupted as stop:
+        if speaks_for_all():
+            fail(stop)
+        sys.exit(3)
     except typer.TyperException as error:
         _refuse(error)
         sys.exit(error.exit_code)

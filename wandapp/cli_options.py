@@ -33,7 +33,7 @@ def with_flags_of(kind: type[Options], leave_out: tuple[str, ...] = ()) -> Calla
 
         def run(**given: Any) -> None:
             arguments = {p.name: given.pop(p.name) for p in own}
-            command(**arguments, options={name: value for name, value in given.items() if value})
+            command(**arguments, options={name: value for name, value in given.items() if value not in (None, [])})
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *flags)]
         run.__signature__ = inspect.Signature(parameters)
@@ -47,8 +47,14 @@ def with_flags_of(kind: type[Options], leave_out: tuple[str, ...] = ()) -> Calla
 def _flag(name: str, field: Any) -> inspect.Parameter:
     default = "" if field.default in (None, False, ()) else f" [{field.default}]"
     kind = {bool: bool, tuple: list[str]}.get(get_origin(field.annotation) or field.annotation, str)
+    if field.annotation == bool | None:  # three states: yes, no, as wandapp likes
+        kind, name_of_no = bool, f"/--no-{name.replace('_', '-')}"
+    else:
+        name_of_no = ""
     metavar = None if kind is bool else _metavar(field.annotation)
-    option = typer.Option(f"--{name.replace('_', '-')}", help=f"{field.description}{default}", metavar=metavar)
+    option = typer.Option(
+        f"--{name.replace('_', '-')}{name_of_no}", help=f"{field.description}{default}", metavar=metavar
+    )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
     )

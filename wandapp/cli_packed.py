@@ -55,7 +55,7 @@ def pack_and_show(
 
 def check_packed_output(recipe: Any) -> Path | None:
     """Where `prune --pack` writes the packed form, after a check that it can."""
-    from wandapp.models import check_output
+    from wandapp.output import check_output
 
     if recipe.out is None:
         return None  # pruning will say that it needs one

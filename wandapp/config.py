@@ -29,6 +29,14 @@ class PruneConfig(Options):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto: cuda where there is one")
 
+    stream: bool | None = Field(
+        None,
+        description="read blocks from the disk as they are needed; default: where the model exceeds half of the memory",
+    )
+    activations: Literal["memory", "disk"] = Field(
+        "memory", description="where hidden states are kept; disk: in a mapped file in OUT.partial"
+    )
+
     # What is pruned
     method: str = Field("wanda", description="a method, or method+refiner such as rgs+ro; wanda: arXiv:2306.11695")
     sparsity: str = Field("2:4", description="n:m (keeps n of every m inputs) or a fraction of zeros")

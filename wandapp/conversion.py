@@ -54,6 +54,11 @@ def whole_parameters(model: nn.Module, tensor_names: Iterable[str]) -> dict[str,
     return {tensor: name for tensor, (name, source, _) in renamed.items() if source is None}
 
 
+def names_inside(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, str]:
+    """Name in `model` of each checkpoint tensor; where it is merged or split, of the first parameter it becomes part of."""
+    return {tensor: name for tensor, (name, _, _) in _renamed(model, tensor_names).items()}
+
+
 def _renamed(model: nn.Module, tensor_names: Iterable[str]) -> dict[str, tuple[str, str | None, list[WeightConverter]]]:
     """Of each tensor: its name in `model`, the converter's pattern that applies (None: none), and all converters."""
     mapping = get_model_conversion_mapping(model)

@@ -5,13 +5,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from wandapp.cli import companion_files, prune_with_progress
+from wandapp.cli import prune_with_progress
 from wandapp.config import PruneConfig
 from wandapp.console import Output, duration
 from wandapp.errors import WandappError
 from wandapp.evaluate import perplexity
 from wandapp.inference import load_sparse
-from wandapp.models import check_output, generate, load_model, save_pruned
+from wandapp.job import companion_files
+from wandapp.models import generate, load_model, save_pruned
+from wandapp.output import check_output
 from wandapp.packing import pack_checkpoint
 from wandapp.verify import verify_model
 

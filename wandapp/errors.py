@@ -51,3 +51,7 @@ def shorten(text: object, limit: int = 200) -> str:
     """`text` in at most `limit` characters, for a message that quotes what somebody else wrote."""
     text = str(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM asked this run to stop. The command line prints how to continue and exits with 3."""

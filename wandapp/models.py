@@ -7,10 +7,8 @@ import importlib.util
 import io
 import os
 import re
-import shutil
 import struct
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -27,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 from wandapp.conversion import whole_parameters
 from wandapp.errors import WandappError, shorten
 from wandapp.hub import download
-from wandapp.weight_files import FLOATING, checkpoint_tensors, refuse_pickles
+from wandapp.output import output_folder, write_files
+from wandapp.weight_files import FLOATING, checkpoint_files, checkpoint_tensors, refuse_pickles
 
 MAX_SHARD_SIZE = "5GB"  # small enough for every file system and for a download that resumes
 MAX_BUFFER_BYTES = 64 << 20  # of what a model computes from its config; rotary frequencies take a few kilobytes
@@ -61,16 +60,34 @@ def load_model(reference: str | Path, *, dtype: str | torch.dtype = "auto", devi
     dtype      "auto" (the checkpoint's own; float32 for .gguf), or a torch dtype or its name
     raises     WandappError on anything missing, truncated, unsafe to read or not a causal language model
     """
-    place, gguf_file = _locate(str(reference))
+    target = resolve_device(device)
+    model, tokenizer, _ = _from_pretrained(str(reference), dtype)
+    return LoadedModel(model.to(target), tokenizer, str(reference))
+
+
+def load_skeleton(reference: str | Path, *, dtype: str | torch.dtype = "auto") -> tuple[LoadedModel, Path]:
+    """`load_model` without the weights, which stay on the meta device; and the folder that holds them.
+
+    raises  WandappError as `load_model` does; a .gguf file is refused
+    """
+    model, tokenizer, place = _from_pretrained(str(reference), dtype, device_map={"": "meta"})
+    model.requires_grad_(False)
+    return LoadedModel(model, tokenizer, str(reference)), Path(place)
+
+
+def _from_pretrained(reference: str, dtype: str | torch.dtype, **extra: Any) -> tuple[nn.Module, Any | None, str]:
+    """(model in eval mode, tokenizer or None, its folder)."""
+    place, gguf_file = _locate(reference)
+    if gguf_file and extra:
+        raise WandappError(f"{reference}: a .gguf file holds no tensors that can be read one by one; convert it first")
     if dtype == "auto":
         dtype = torch.float32 if gguf_file else "auto"
     else:
         dtype = resolve_dtype(dtype)
     options = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
-    target = resolve_device(device)
     if not gguf_file:
         _require_agreement(Path(place))
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(
                 place,
@@ -79,16 +96,24 @@ def load_model(reference: str | Path, *, dtype: str | torch.dtype = "auto", devi
                 local_files_only=True,
                 output_loading_info=True,
                 **options,
+                **extra,
             )
         except _LOAD_ERRORS as error:
-            raise WandappError(_why_not_loaded(str(reference), error)) from error
-        _require_complete(str(reference), model, loading)
-        require_finite(str(reference), model.state_dict())
-        tokenizer = _load_tokenizer(str(reference), place, gguf_file)
+            raise WandappError(_why_not_loaded(reference, error)) from error
+        _require_complete(reference, model, loading)
+        if not extra:  # else the weights are not here yet
+            require_finite(reference, model.state_dict())
+        tokenizer = _load_tokenizer(reference, place, gguf_file)
     if tokenizer is not None and not Path(reference).exists():
-        tokenizer.name_or_path = str(reference)  # instead of a folder in a cache
+        tokenizer.name_or_path = reference  # instead of a folder in a cache
     _forget_quantisation(model)
-    return LoadedModel(model.eval().to(target), tokenizer, str(reference))
+    return model.eval(), tokenizer, place
+
+
+def source_files(reference: str) -> list[Path]:
+    """The weight files that `reference` names; those of a hub model are fetched first."""
+    place, gguf_file = _locate(reference)
+    return [Path(place) / gguf_file] if gguf_file else checkpoint_files(Path(place))
 
 
 def generate(model: nn.Module, tokenizer: Any | None, prompt: str, max_new_tokens: int) -> str:
@@ -100,7 +125,7 @@ def generate(model: nn.Module, tokenizer: Any | None, prompt: str, max_new_token
     tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
     if tokens["input_ids"].numel() == 0:
         raise WandappError(f"the prompt {prompt!r} has no tokens; give some text")
-    with torch.inference_mode(), _quiet_transformers():
+    with torch.inference_mode(), quiet_transformers():
         written = model.generate(
             tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
@@ -207,7 +232,7 @@ def _require_gguf(path: Path) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without transformers' warnings and bars; what matters in them is raised or reported by us.
 
     One bar (of the GGUF reader) cannot be turned off, so on a terminal it stays and elsewhere stderr is set aside.
@@ -295,7 +320,7 @@ def skeleton(folder: str | Path, *, dtype: torch.dtype | None = None, max_blocks
     max_blocks  a config that asks for more decoder blocks is refused, since each costs memory even without weights
     """
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         blocks = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
         if blocks < 1 and hasattr(config.get_text_config(), "num_hidden_layers"):
@@ -311,7 +336,7 @@ def skeleton(folder: str | Path, *, dtype: torch.dtype | None = None, max_blocks
 
 def skeleton_of(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model of a transformers config, in eval mode, with every tensor on the meta device."""
-    with _quiet_transformers(), torch.device("meta"):
+    with quiet_transformers(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
 
@@ -338,7 +363,7 @@ def fill_skeleton(model: nn.Module, folder: str | Path, tensors: Iterable[tuple[
     model.tie_weights()
     if missing := sorted(name for name, value in model.state_dict().items() if value.is_meta):
         raise WandappError(f"{folder}: {len(missing)} weights of the model are missing, the first is {missing[0]}")
-    _compute_buffers(model, folder)
+    compute_buffers(model, folder)
     if (Path(folder) / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
@@ -347,7 +372,7 @@ def fill_skeleton(model: nn.Module, folder: str | Path, tensors: Iterable[tuple[
 
 
 @torch.no_grad()
-def _compute_buffers(model: nn.Module, folder: str | Path) -> None:
+def compute_buffers(model: nn.Module, folder: str | Path) -> None:
     """Rotary frequencies and the like, which the model computes from its config."""
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # transformers' sign that a parameter is not to be drawn at random
@@ -367,58 +392,15 @@ def _compute_buffers(model: nn.Module, folder: str | Path) -> None:
 def tokenizer_of(reference: str) -> Any | None:
     """The tokenizer of whatever `load_model` reads, without its weights; None where there is none."""
     place, gguf_file = _locate(reference)
-    with _quiet_transformers():
+    with quiet_transformers():
         return _load_tokenizer(reference, place, gguf_file)
 
 
 def load_tokenizer(folder: str | Path) -> Any | None:
-    """The tokenizer whose files lie in `folder`, or None where there are none."""
-    with _quiet_transformers():
-        return _load_tokenizer(str(folder), str(folder), None)
-
-
-def check_output(out: str | Path, overwrite: bool = False) -> None:
-    """Raise unless `output_folder` can write there. Call it before the expensive work; it leaves nothing behind."""
-    out = Path(out)
-    if out.exists() and not overwrite:
-        raise WandappError(f"{out}: the output folder exists already; choose another --out or give --overwrite")
-    if out.exists() and not (out / "wandapp" / "recipe.yaml").is_file():
-        raise WandappError(
-            f"{out}: --overwrite replaces only folders that wandapp wrote (which hold wandapp/recipe.yaml), and this "
-            "is none; choose another --out"
-        )
-    ancestor = next(parent for parent in out.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix=".wandapp-", dir=ancestor):  # asks the file system, not the mode bits
-            pass
-    except OSError as error:
-        raise WandappError(
-            f"{out}: the output folder cannot be made ({error.strerror}); choose another --out"
-        ) from None
-
-
-@contextmanager
-def output_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A new folder OUT.partial that becomes `out` when the body ends: complete, or not at all.
-
-    Its files are flushed to the disk before the last step, a rename. An older OUT (with `overwrite`) stays until then.
-    A failure removes OUT.partial and leaves OUT as it was.
-
-    raises  WandappError where `out` exists without `overwrite`, or the disk refuses
-    """
-    out = Path(out)
-    check_output(out, overwrite)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        _flush_to_disk(*partial.rglob("*"), partial)
-        _put_in_place(partial, out)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own class
-        raise WandappError(f"{out}: the checkpoint could not be written ({error}); choose another --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """The tokenizer whose files lie in `folder`, or that a .gguf file holds, or None where there is none."""
+    place, gguf_file = (folder, None) if Path(folder).is_dir() else (Path(folder).parent, Path(folder).name)
+    with quiet_transformers():
+        return _load_tokenizer(str(folder), str(place), gguf_file)
 
 
 def save_pruned(
@@ -430,7 +412,7 @@ def save_pruned(
     raises  WandappError where `out` exists without `overwrite`, or the disk refuses
     """
     with output_folder(out, overwrite) as partial:
-        with _quiet_transformers():
+        with quiet_transformers():
             model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
@@ -441,42 +423,9 @@ def save_companions(model: nn.Module, tokenizer: Any | None, folder: Path) -> No
     """Writes what lies beside a checkpoint's weights: config, generation config and tokenizer."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
-    with _quiet_transformers():
+    with quiet_transformers():
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-
-
-def write_files(folder: Path, files: dict[str, str]) -> None:
-    """Write text files by relative path."""
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-
-
-def _flush_to_disk(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _put_in_place(partial: Path, out: Path) -> None:
-    """Rename the complete folder to its final name; an older one is set aside first and put back on failure."""
-    if not out.exists():
-        partial.rename(out)
-    else:
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        out.rename(aside)  # an empty folder may be replaced by a rename
-        try:
-            partial.rename(out)
-        except OSError:
-            aside.rename(out)
-            raise
-        shutil.rmtree(aside)
-    _flush_to_disk(out.parent)

@@ -20,7 +20,8 @@ from wandapp.errors import WandappError, nearest
 from wandapp.kernels.pack import Packed, pack
 from wandapp.kernels.pack.int8 import relative_error, to_int8
 from wandapp.memory import give_back
-from wandapp.models import output_folder, skeleton
+from wandapp.models import skeleton
+from wandapp.output import output_folder
 from wandapp.packed import FORMAT, VERSIONS, Manifest, PackedCheckpoint, PackedLinear
 from wandapp.pattern import SparsityPattern
 from wandapp.weight_files import PACKED_MANIFEST, TensorInfo, checkpoint_tensors

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FORMS = "give n:m such as 2:4 (keep 2 of every 4), or a fraction of zeros such as 0.5"
+_CHECKED_AT_ONCE = 1 << 22  # weights; bounds the temporaries of a check to tens of megabytes
 
 
 @dataclass(frozen=True)
@@ -81,20 +82,35 @@ class SparsityPattern:
         out_features, in_features = weight.shape
         if weight.numel() == 0:
             return None
-        present = weight != 0
         if self.is_structured:
             self.require_fit("weight", in_features)
-            excess = present.unflatten(1, (-1, self.m)).sum(2) > self.n  # [out, in / m]
-            position = _first_true(excess)
-            return position and (position[0], position[1] * self.m)
-        rows = present.reshape(1, -1) if group == "matrix" else present
-        keep = self.keep(rows.shape[1])
-        crowded = (rows.sum(1) > keep).nonzero()
+        if group == "matrix" and not self.is_structured:
+            return self._first_beyond((weight != 0).reshape(1, -1), in_features)
+        step = max(_CHECKED_AT_ONCE // in_features, 1)
+        for start in range(0, out_features, step):
+            present = weight[start : start + step] != 0
+            position = self._first_crowded(present) if self.is_structured else self._first_beyond(present, in_features)
+            if position:
+                return start + position[0], position[1]
+        return None
+
+    def _first_crowded(self, present: Tensor) -> tuple[int, int] | None:
+        """(row, first column) of the first group that holds more than n; counts by strided sums, six times sum(2)'s speed."""
+        counts = present[:, :: self.m].short()  # [rows, in / m]
+        for column in range(1, self.m):
+            counts += present[:, column :: self.m]
+        position = _first_true(counts > self.n)
+        return position and (position[0], position[1] * self.m)
+
+    def _first_beyond(self, present: Tensor, in_features: int) -> tuple[int, int] | None:
+        """(row, column) of the first non-zero that is one too many in its row of `present`; columns wrap at in_features."""
+        keep = self.keep(present.shape[1])
+        crowded = (present.count_nonzero(1) > keep).nonzero()
         if not len(crowded):
             return None
         row = int(crowded[0])
-        column = int((rows[row].cumsum(0) > keep).int().argmax())  # the first non-zero that is one too many
-        return divmod(column, in_features) if group == "matrix" else (row, column)
+        column = int((present[row].cumsum(0) > keep).int().argmax())
+        return row + column // in_features, column % in_features
 
     def holds(self, weight: Tensor, group: Literal["row", "matrix"] = "row") -> bool:
         """Whether a [out, in] weight has the pattern; more zeros than asked for are fine."""

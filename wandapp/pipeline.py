@@ -48,14 +48,28 @@ def prune(
     """
     if config is None:
         config = PruneConfig(**options | ({"calibration": calibration} if isinstance(calibration, str) else {}))
-    config, ranks = config.resolved(), ranks or Ranks()
-    device = resolve_device(config.device)
+    config = config.resolved()
+    store = ModelStore(model, config.pattern, skip=config.skip, device=resolve_device(config.device))
+    return prune_store(store, tokenizer, config, calibration=calibration, on_progress=on_progress, ranks=ranks)
+
+
+def prune_store(
+    store: ModelStore,
+    tokenizer,
+    config: PruneConfig,
+    *,
+    calibration: str | Tensor | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_begin: Callable[[PruneReport], None] | None = None,
+    ranks: Ranks | None = None,
+) -> PruneReport:
+    """`prune` for blocks wherever they live. on_begin is told samples, batch size and the like before the work begins."""
+    ranks, model, device = ranks or Ranks(), store.model, store.device
     method = methods.create(config, ranks)
-    store = ModelStore(model, config.pattern, skip=config.skip, device=device)
     calibrated = ranks.first(lambda: _calibrate(calibration, tokenizer, config, model))
     tokens = calibrated.tokens if method.reads_samples else calibrated.tokens[:1]  # others only probe the error
     own = len(range(len(tokens))[ranks.deal(len(tokens))])
-    batch_size = min(config.batch_size or _auto_batch_size(device, tokens), max(own, 1))
+    batch_size = min(config.batch_size or auto_batch_size(device, tokens), max(own, 1))
     report = PruneReport(
         method=config.method,
         pattern=str(config.pattern),
@@ -68,6 +82,8 @@ def prune(
         batch_size=batch_size,
         ranks=ranks.size,
     )
+    if on_begin:
+        on_begin(report)
     with _frozen(model), kept_pages():
         _run(store, method, tokens, config.pattern, report, on_progress)
     report.join(ranks)
@@ -91,30 +107,41 @@ def _calibrate(calibration: str | Tensor | None, tokenizer, config: PruneConfig,
 
 def _run(store: ModelStore, method, tokens: Tensor, pattern: SparsityPattern, report: PruneReport, on_progress) -> None:
     clock = _Clock(report.seconds_by_phase)
-    ranks, own = method.ranks, tokens[method.ranks.deal(len(tokens))]
+    own = tokens[method.ranks.deal(len(tokens))]
     rate = MachineRate(store.device, next(store.model.parameters()).dtype)
     with clock("record"):
         # A rank without a sample borrows one to learn the calls' arguments.
         hidden = store.record(own if len(own) else tokens[:1], report.batch_size)[: len(own)]
     with clock("prepare"):
-        report.flops += method.prepare(store, own, hidden)
+        if store.done < len(store):
+            report.flops += method.prepare(store, own, hidden)
+    waited = store.io_seconds
     for index in range(len(store)):
         rate.sample()
-        with store.open_block(index) as block:
-            with clock("prune"):
-                record = method.prune_block(block, hidden, pattern)
-            with clock("verify"):
-                _check(block, pattern, record)
-                ranks.require_equal(lambda block=block: checksum(block), block.name)
+        record = store.finished(index)  # by an earlier run that was interrupted
+        with store.open_block(index, pruned=record is not None) as block:
+            if record is None:
+                record = _prune_block(block, hidden, pattern, method, clock)
+                store.keep(block, record)
             with clock("forward"):
-                if index + 1 < len(store):
+                if index + 1 < len(store) and store.done < len(store):
                     block.run_(hidden)
                     clock.synchronize(hidden)
             report.add(block.flops, record)
+        report.seconds_by_phase["disk"] = store.io_seconds - waited
         report.close(clock.total, rate.gflops, peak_gib(store.device))
         if on_progress:
             on_progress(_progress(report, record, index + 1, len(store)))
     report.kept_dense = store.kept_dense()
+
+
+def _prune_block(block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern, method, clock: "_Clock") -> BlockRecord:
+    with clock("prune"):
+        record = method.prune_block(block, hidden, pattern)
+    with clock("verify"):
+        _check(block, pattern, record)
+        method.ranks.require_equal(lambda: checksum(block), block.name)
+    return record
 
 
 def checksum(block: DecoderBlock) -> str:
@@ -196,6 +223,6 @@ def _frozen(model: nn.Module):
             parameter.requires_grad_(requires_grad)
 
 
-def _auto_batch_size(device: torch.device, tokens: Tensor) -> int:
+def auto_batch_size(device: torch.device, tokens: Tensor) -> int:
     """Samples per forward: enough tokens to fill the machine, few enough that activations stay in its caches."""
     return max(1, TOKENS_PER_FORWARD[device.type] // tokens.shape[1])

@@ -24,7 +24,8 @@ from wandapp.card import model_card
 from wandapp.config import PruneConfig
 from wandapp.errors import WandappError
 from wandapp.evaluate import perplexity
-from wandapp.models import LoadedModel, check_output, load_model, resolve_device, save_pruned
+from wandapp.models import LoadedModel, load_model, resolve_device, save_pruned
+from wandapp.output import check_output
 from wandapp.recover_config import RecoverConfig
 from wandapp.report import json_ready, peak_gib, versions
 from wandapp.training import LOSS_FILE, STATE_FILE, Step, TrainingState, recomputed_blocks, train

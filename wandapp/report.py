@@ -2,16 +2,19 @@
 
 import importlib.metadata
 import itertools
+import json
 import math
 import platform
 import resource
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from wandapp.distributed import Ranks
+from wandapp.errors import WandappError
 from wandapp.methods.base import BlockRecord
 
 
@@ -137,6 +140,15 @@ class PruneReport:
         self.flops = sum(flops)
         self.close(self.seconds, sum(rates), max(peaks))
         self.warnings = list(dict.fromkeys(itertools.chain.from_iterable(warnings)))
+
+    @classmethod
+    def read(cls, path: Path) -> "PruneReport":
+        """The report that a finished run wrote."""
+        try:
+            fields = json.loads(path.read_bytes())
+            return cls(**fields | {"blocks": [BlockRecord(**block) for block in fields["blocks"]]})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise WandappError(f"{path}: not the report of a run ({error}); prune again into another --out") from None
 
     def to_dict(self) -> dict:
         """Plain JSON types; NaN becomes null."""

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from wandapp.blocks import find_blocks, find_linears
 from wandapp.conversion import checkpoint_state, tensor_homes
 from wandapp.errors import WandappError
-from wandapp.models import output_folder, save_companions, skeleton_of
+from wandapp.models import save_companions, skeleton_of
 from wandapp.modules import SparseExperts, SparseLinear
+from wandapp.output import output_folder
 from wandapp.packing import (
     PackSummary,
     add_recipe,

@@ -1,8 +1,13 @@
-"""Where blocks live while they are pruned. The pipeline sees `len(store)` and `open_block`, nothing else."""
+"""Where blocks live while they are pruned: `ModelStore` in memory; `ShardStore` (shard_store.py) on the disk.
+
+The pipeline opens one block after another and keeps each when it is pruned. What "keep" means is the run folder's matter:
+without one (`wandapp.prune` on a model in memory) the block is simply left as it is.
+"""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +21,30 @@ from wandapp.blocks import (
     forward_from,
     record,
 )
+from wandapp.checkpoint import block_tensors, outer_tensors, place
 from wandapp.errors import WandappError
+from wandapp.methods.base import BlockRecord
 from wandapp.pattern import SparsityPattern
+from wandapp.run_folder import RunFolder
 
 
 class ModelStore:
     """Blocks of a model that is in memory; each is moved to `device` while it is in work.
 
     skip    regular expressions searched in a linear map's dotted name; a map that matches stays dense
+    run     where pruned blocks are written as soon as they are done; None: they stay in the model
     """
 
-    def __init__(self, model: nn.Module, pattern: SparsityPattern, *, skip: tuple[str, ...] = (), device: torch.device):
-        self.model, self.device = model, device
+    def __init__(
+        self,
+        model: nn.Module,
+        pattern: SparsityPattern,
+        *,
+        skip: tuple[str, ...] = (),
+        device: torch.device,
+        run: RunFolder | None = None,
+    ):
+        self.model, self.device, self.skip, self.run = model, device, skip, run
         self.prefix, self.blocks = find_blocks(model)
         _refuse_shared_weights(self.blocks, self.prefix)
         self.all_linears = [
@@ -52,10 +69,13 @@ class ModelStore:
     def record(self, tokens: Tensor, batch_size: int) -> Tensor:
         """Records every block's call arguments; returns the first block's inputs [samples, seq_len, hidden_size]."""
         self.batch_size = batch_size
-        self.recording = record(self.model, self.blocks, tokens, batch_size)
-        self.attention_flops_per_token = _attention_flops_per_token(self.model.config, tokens.shape[1])
+        on_disk = self.run is not None and self.run.config.activations == "disk"
+        self.recording = record(
+            self.model, self.blocks, tokens, batch_size, allocate=self.run.disk_tensor if on_disk else torch.empty
+        )
+        self.attention_flops_per_token = attention_flops_per_token(self.model.config, tokens.shape[1])
         self._moved: dict[int, Tensor] = {}
-        return self.recording.hidden.to(self.device)
+        return self.recording.hidden if on_disk else self.recording.hidden.to(self.device)
 
     def loss_gradient(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Gradient of the summed per-sample mean next-token loss by the last block's outputs hidden [samples, seq_len, ..]."""
@@ -70,22 +90,60 @@ class ModelStore:
         return leaf.grad.to(self.device)
 
     @contextmanager
-    def open_block(self, index: int) -> Iterator[DecoderBlock]:
-        """The block, on the work device; leaving puts it back where it was."""
+    def open_block(self, index: int, *, pruned: bool = False) -> Iterator[DecoderBlock]:
+        """The block, on the work device; leaving puts it back where it was.
+
+        pruned   as an earlier run finished it, instead of the dense one
+        """
         module = self.blocks[index]
         home = next(module.parameters()).device
+        if pruned:
+            place(self.model, self.run.read(index), str(self.run.partial))
         module.to(self.device)
-        calls = {size: call.to(self.device, self._moved) for size, call in self.recording.calls[index].items()}
-        name = f"{self.prefix}.{index}"
         try:
-            yield DecoderBlock(
-                index, name, module, self.linears[index], calls, self.all_linears[index], self.attention_flops_per_token
-            )
+            yield self._present(index)
+            self._settle()
         finally:
             module.to(home)
 
+    def _present(self, index: int) -> DecoderBlock:
+        """The block whose parameters are in place."""
+        name, module = f"{self.prefix}.{index}", self.blocks[index].requires_grad_(False)
+        linears = find_linears(module, name, self.skip)
+        calls = {size: call.to(self.device, self._moved) for size, call in self.recording.calls[index].items()}
+        pruned = _without_skipped(linears, self.skip)
+        return DecoderBlock(index, name, module, pruned, calls, linears, self.attention_flops_per_token)
 
-def _attention_flops_per_token(config, seq_len: int) -> float:
+    def finished(self, index: int) -> BlockRecord | None:
+        """The report of a block that an earlier, interrupted run finished; its weights come with `open_block(pruned=True)`."""
+        return self.run.finished(index) if self.run else None
+
+    @property
+    def done(self) -> int:
+        """Leading blocks that an earlier run finished."""
+        return self.run.done if self.run else 0
+
+    def keep(self, block: DecoderBlock, record: BlockRecord) -> None:
+        """Begins to write a pruned block; leaving it waits until it is safe on the disk."""
+        if self.run:
+            self.run.keep(block.index, lambda: block_tensors(self.model, self.prefix, block.index), record)
+
+    def _settle(self) -> None:
+        if self.run:
+            self.run.wait()
+
+    @property
+    def io_seconds(self) -> float:
+        """Time that the work has stood still for the disk."""
+        return self.run.io_seconds if self.run else 0.0
+
+    @contextmanager
+    def outer(self) -> Iterator[dict[str, Any]]:
+        """The checkpoint's tensors outside the blocks."""
+        yield outer_tensors(self.model, self.prefix)
+
+
+def attention_flops_per_token(config, seq_len: int) -> float:
     """Q K^T and P V of one block for one token, over the whole square as torch's FLOP counter counts it: 4 * T * heads * d."""
     fields = config.get_text_config().to_dict()
     heads = fields.get("num_attention_heads") or fields.get("n_head") or 0

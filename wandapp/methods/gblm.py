@@ -8,7 +8,6 @@ whose G is sqrt(sum_n (100 g_n)^2) and whose alpha is 1.
 
 import math
 import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +15,10 @@ from torch import Tensor
 from wandapp.blocks import DecoderBlock, LinearView
 from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
+from wandapp.errors import WandappError
+from wandapp.memory import drop_pages
 from wandapp.methods.base import Method, ScoreTerms
+from wandapp.shards import disk_tensor
 from wandapp.statistics import Measurements, weight_gradients
 
 
@@ -30,7 +32,6 @@ class GBLM(Method):
 
     def __init__(self, config: PruneConfig, ranks: Ranks):
         super().__init__(config, ranks)
-        self._folder = tempfile.TemporaryDirectory(prefix="wandapp-gblm-")
         self._sums: dict[str, Tensor] = {}
 
     def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
@@ -38,7 +39,7 @@ class GBLM(Method):
         batch_size = 1 if any(view.is_expert for view in store.linears[0].values()) else store.batch_size
         for start in range(0, len(tokens), batch_size):
             rows = slice(start, min(start + batch_size, len(tokens)))
-            inputs = [hidden[rows]]
+            inputs = [hidden[rows].to(store.device)]
             for index in range(len(store)):
                 with store.open_block(index) as block:
                     inputs.append(block(inputs[-1]))
@@ -48,6 +49,8 @@ class GBLM(Method):
                 with store.open_block(index) as block:
                     gradient = self._backward(block, inputs.pop(), gradient)
                     flops += block.flops
+                    for name in block.linears.keys() & self._sums:
+                        drop_pages(self._sums[name])  # else all of them end in memory
         self._merge(store)
         return flops
 
@@ -77,9 +80,13 @@ class GBLM(Method):
     def _sum(self, view: LinearView) -> Tensor:
         """The sum of a map's gradients [out_features, in_features] fp32, in a file; zeros at first."""
         if view.name not in self._sums:
-            path = str(Path(self._folder.name) / view.name)
-            total = torch.from_file(path, shared=True, size=view.weight.numel(), dtype=torch.float32)
-            self._sums[view.name] = total.view(view.weight.shape)
+            try:
+                self._sums[view.name] = disk_tensor(None, tuple(view.weight.shape), torch.float32)
+            except OSError as error:
+                raise WandappError(
+                    f"gblm: no room for its sums of gradients in {tempfile.gettempdir()} ({error.strerror}); set TMPDIR to "
+                    "a folder with 4 bytes per weight"
+                ) from error
         return self._sums[view.name]
 
     def _add(self, view: LinearView, x: Tensor, output_gradient: Tensor) -> None:

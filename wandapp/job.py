@@ -1,0 +1,155 @@
+"""One pruning job from checkpoint to checkpoint: in memory or streamed, and resumable either way."""
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wandapp import methods
+from wandapp.card import model_card
+from wandapp.checkpoint import Checkpoint
+from wandapp.config import PruneConfig
+from wandapp.distributed import Ranks, join
+from wandapp.errors import Interrupted, WandappError
+from wandapp.gguf_source import convert_gguf, gguf_skeleton
+from wandapp.manifest import describe_run
+from wandapp.memory import free_bytes
+from wandapp.models import load_model, load_skeleton, resolve_device, resolve_dtype, save_companions, source_files
+from wandapp.pipeline import prune_store
+from wandapp.report import Progress, PruneReport, block_figures, json_ready
+from wandapp.run_folder import RunFolder
+from wandapp.shard_store import ShardStore
+from wandapp.store import ModelStore
+
+GGUF_GROWTH = 8  # fp32 bytes per byte of a 4-bit file, roughly
+
+
+def prune_checkpoint(
+    config: PruneConfig,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> PruneReport:
+    """Prunes the checkpoint `config.model` into the new folder `config.out`; the report.
+
+    Each block is written as soon as it is pruned: a run that was killed goes on with `resume` and gives the same bits.
+
+    resume       go on with what an earlier run of the same recipe left, or begin where none did
+    on_progress  called after every block
+    say          told what is going on, a line at a time
+    raises       WandappError in one sentence; Interrupted on SIGINT or SIGTERM, with the command that continues
+    """
+    for name, example in (("model", "wandapp prune smollm2 ..."), ("out", "--out pruned-model")):
+        if getattr(config, name) is None:
+            raise WandappError(f"prune needs {name}; give it, e.g. {example}")
+    methods.resolve(config.method)
+    config = config.resolved()
+    with _stoppable(), join(resolve_device(config.device)) as ranks:
+        run = RunFolder(config, resume=resume, ranks=ranks)
+        if ranks.first(lambda: resume and run.is_complete()):
+            say(f"{config.out} is complete; there is nothing to resume")
+            return PruneReport.read(Path(config.out) / "wandapp" / "report.json")
+        with run:
+            return _prune(config, run, ranks, on_progress, say)
+
+
+def _prune(config: PruneConfig, run: RunFolder, ranks: Ranks, on_progress, say) -> PruneReport:
+    store, tokenizer = _open(config, run, ranks, say)
+
+    def begin(report: PruneReport) -> None:
+        torch.set_num_threads(run.begin(describe_run(config, report, store, source_files(config.model))))
+        if run.done:
+            say(f"{run.done} of {len(store)} blocks were finished by an earlier run and are kept")
+
+    report = prune_store(store, tokenizer, config, on_progress=on_progress, on_begin=begin, ranks=ranks)
+    if ranks.is_first:
+        with store.outer() as outer:
+            run.finish(outer, partial(save_companions, store.model, tokenizer), companion_files(config, report))
+    return report
+
+
+def companion_files(config: PruneConfig, report: PruneReport) -> dict[str, str]:
+    """Recipe, report and model card that lie beside the weights, by path."""
+    blocks = [{"step": step, **block_figures(record)} for step, record in enumerate(report.blocks, start=1)]
+    return {
+        "wandapp/recipe.yaml": config.resolved().dump_yaml(),
+        "wandapp/blocks.jsonl": "".join(json.dumps(json_ready(block)) + "\n" for block in blocks),
+        "wandapp/report.json": json.dumps(report.to_dict(), indent=1) + "\n",
+        "README.md": model_card(config, report.to_dict()),
+    }
+
+
+def _open(config: PruneConfig, run: RunFolder, ranks: Ranks, say) -> tuple[ModelStore, Any]:
+    """(store, tokenizer)."""
+    options = {"skip": config.skip, "device": resolve_device(config.device), "run": run}
+    if not streams(config, say):
+        say(f"loading {config.model}")
+        model, tokenizer = load_model(config.model, dtype=config.dtype)
+        return ModelStore(model, config.pattern, **options), tokenizer
+    if config.calibration == "self":
+        raise WandappError("calibration 'self' lets the whole model write; use --no-stream, or another --calibration")
+    checkpoint = Checkpoint(_as_safetensors(config, run, ranks, say), dtype=config.dtype)
+    return ShardStore(checkpoint, config.pattern, **options), checkpoint.tokenizer
+
+
+def _as_safetensors(config: PruneConfig, run: RunFolder, ranks: Ranks, say) -> str | Path:
+    """The model, or the folder that a .gguf file was converted to."""
+    path = source_files(config.model)[0]
+    if path.suffix != ".gguf":
+        return config.model
+    folder = run.scratch("source")
+    say(f"converting {config.model}, block by block, into {folder}, which is removed at the end")
+    with run.disk("could not be written"):
+        ranks.first(lambda: convert_gguf(path, folder, _gguf_dtype(config)))
+    return folder
+
+
+def streams(config: PruneConfig, say: Callable[[str], None]) -> bool:
+    """Whether blocks are read when they are needed: as told, or where the weights exceed half of the free memory."""
+    if config.stream is not None:
+        return config.stream
+    files = source_files(config.model)
+    size = sum(path.stat().st_size * (GGUF_GROWTH if path.suffix == ".gguf" else 1) for path in files)
+    free = free_bytes()
+    if size <= free / 2:
+        return False
+    say(f"streaming {config.model}: its {size / 2**30:.1f} GiB are more than half of the free {free / 2**30:.1f} GiB")
+    return True
+
+
+def open_skeleton(config: PruneConfig) -> nn.Module:
+    """The model without weights, on the meta device."""
+    path = source_files(config.model)[0]
+    if path.suffix == ".gguf":
+        return gguf_skeleton(path, _gguf_dtype(config))
+    return load_skeleton(config.model, dtype=config.dtype)[0].model
+
+
+def _gguf_dtype(config: PruneConfig) -> torch.dtype:
+    return torch.float32 if config.dtype == "auto" else resolve_dtype(config.dtype)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM raise Interrupted. Any moment is a safe one: a block's file is whole or absent."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number, frame):
+        raise Interrupted(f"interrupted by {signal.Signals(number).name}")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,200 @@
+"""What a run will need, said before it starts: memory, disk and time.
+
+Memory is the largest of three moments: calls being recorded (embeddings and head are in memory), a block in work, and the
+end, when embeddings and head are written. A block in work holds, for P weights in it and N samples of T tokens:
+
+    weights        P, twice where blocks are streamed (the next is being read); all blocks where they are in memory
+    hidden states  N x T x hidden_size, again for the dense outputs that regional optimisation aims at
+    statistics     sparsegpt: H and its factor per distinct input, 8 in^2 bytes, and the solver's copies
+                   rgs: 4 P bytes of squared gradients;  +ro: fp32 masters and optimiser state, 8 P, and three copies
+    a forward      a few times tokens x width of the widest layers; with gradients, every layer's inputs and outputs
+
+The process itself, with its libraries, is measured, and LATER_BYTES is what they add once they compute.
+"""
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from wandapp import methods
+from wandapp.blocks import LinearView, find_blocks, find_linears
+from wandapp.calibration import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, is_token_file, read_tokens
+from wandapp.config import PruneConfig
+from wandapp.distributed import Ranks
+from wandapp.job import open_skeleton, streams
+from wandapp.memory import free_bytes, resident_bytes
+from wandapp.models import resolve_device
+from wandapp.pipeline import auto_batch_size
+from wandapp.report import MachineRate
+from wandapp.store import attention_flops_per_token
+
+LATER_BYTES = (
+    60 << 20
+)  # thread pools, kernels and code pages that the first products bring in; measured on two machines
+SLOWER_THAN_MATMUL = 1.6  # a run against its FLOPs at the rate of square products (README, Measured on two CPU cores)
+_STATISTICS = {"sparsegpt": "hessian", "rgs": "regional_gradient", "gblm": "column_norm"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, seconds and what they are made of. On a GPU memory means the GPU's, without the libraries'."""
+
+    blocks: int
+    streams: bool
+    samples: int
+    seq_len: int
+    peak_bytes: int
+    free_bytes: int
+    disk_bytes: int
+    free_disk_bytes: int | None
+    flops: float
+    seconds: float
+    matmul_gflops: float
+    parts: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+class _Sizes:
+    """What the formulas read of a model on the meta device."""
+
+    def __init__(self, model: nn.Module, config: PruneConfig):
+        self.itemsize = model.dtype.itemsize
+        prefix, blocks = find_blocks(model)
+        self.count = len(blocks)
+        largest = max(blocks, key=_bytes)
+        self.views: list[LinearView] = list(find_linears(largest, prefix, config.skip).values())
+        self.block = _bytes(largest)
+        self.all = _bytes(model)
+        self.outer = self.all - sum(map(_bytes, blocks))
+        self.weights = sum(view.weight.numel() for view in self.views)
+        self.largest = max(view.weight.numel() for view in self.views)
+        self.inputs = _distinct_inputs(self.views)
+        self.hidden = model.config.get_text_config().hidden_size
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.widest = max(max(view.weight.shape) for view in self.views)
+        experts = [view for view in self.views if view.is_expert]
+        text = model.config.get_text_config()
+        share = (
+            getattr(text, "num_experts_per_tok", 0) / max(len({view.index for view in experts}), 1) if experts else 0
+        )
+        self.met = sum(view.weight.numel() * (share if view.is_expert else 1) for view in self.views)
+        self.crossing = sum(sum(view.weight.shape) for view in self.views if not view.is_expert)
+
+
+def plan_run(config: PruneConfig) -> Plan:
+    """The plan of `wandapp prune` with these options; reads no weights.
+
+    raises  WandappError as the run itself would, as far as that needs no weights
+    """
+    config = config.resolved()
+    method, device = methods.create(config, Ranks()), resolve_device(config.device)
+    is_streamed = streams(config, say=lambda text: None)
+    model = open_skeleton(config)
+    samples, seq_len = _calibration_shape(config)
+    used = samples if method.needs else 1
+    batch = min(config.batch_size or auto_batch_size(device, torch.empty(used, seq_len)), used)
+    sizes, own = _Sizes(model, config), resident_bytes() + LATER_BYTES if device.type == "cpu" else 0
+    rate = MachineRate(device, model.dtype)
+    rate.sample(repeats=4)
+    parts = {
+        "libraries": own,
+        "weights": sizes.block * 2 if is_streamed else sizes.all,
+        "hidden states": _hidden_bytes(config, sizes, used, seq_len),
+        "method": _method_bytes(config, sizes, used, batch * seq_len, seq_len),
+    }
+    recording = (
+        own + (sizes.outer + sizes.block if is_streamed else sizes.all) + used * seq_len * sizes.hidden * sizes.itemsize
+    )
+    flops = _flops(config, sizes, used, seq_len, attention_flops_per_token(model.config, seq_len))
+    out = Path(config.out or ".").absolute()
+    return Plan(
+        blocks=sizes.count,
+        streams=is_streamed,
+        samples=used,
+        seq_len=seq_len,
+        peak_bytes=max(sum(parts.values()), recording),
+        free_bytes=free_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0],
+        disk_bytes=sizes.all + _scratch_bytes(config, sizes, used, seq_len, is_streamed),
+        free_disk_bytes=shutil.disk_usage(next(path for path in out.parents if path.exists())).free,
+        flops=flops,
+        seconds=SLOWER_THAN_MATMUL * flops / (rate.gflops * 1e9),
+        matmul_gflops=rate.gflops,
+        parts=parts,
+    )
+
+
+def _calibration_shape(config: PruneConfig) -> tuple[int, int]:
+    given = (
+        read_tokens(config.calibration).shape
+        if is_token_file(config.calibration)
+        else (DEFAULT_SAMPLES, DEFAULT_SEQ_LEN)
+    )
+    return config.samples or given[0], config.seq_len or given[1]
+
+
+def _hidden_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int) -> int:
+    return (2 if _is_refined(config) else 1) * samples * seq_len * sizes.hidden * sizes.itemsize
+
+
+def _method_bytes(config: PruneConfig, sizes: _Sizes, samples: int, batch_tokens: int, seq_len: int) -> int:
+    """Beside weights and hidden states, the most that is alive at once while a block is pruned."""
+    name, size = methods.resolve(config.method)[0], sizes.itemsize
+    forward = batch_tokens * (4 * sizes.widest + 6 * sizes.hidden) * size
+    with_gradients = batch_tokens * 2 * sizes.crossing * size
+    statistics = {
+        "sparsegpt": 8 * sum(width**2 for width in sizes.inputs) + 12 * max(sizes.inputs) ** 2 + 4 * sizes.largest,
+        "rgs": 4 * sizes.weights + (4 + size) * sizes.largest + with_gradients,
+        "gblm": 8 * sizes.largest + with_gradients + sizes.vocabulary * batch_tokens * 8,
+    }.get(name, 4 * samples * sum(sizes.inputs))
+    if not _is_refined(config):
+        return forward + statistics
+    masters = (8 if size == 4 else 12) * sizes.weights  # of fp32 storage the parameter is its own master; gradients
+    step = seq_len * 2 * sizes.crossing * size
+    return forward + statistics + masters + 2 * sizes.block + step
+
+
+def _scratch_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, is_streamed: bool) -> int:
+    hidden = samples * seq_len * sizes.hidden * sizes.itemsize if config.activations == "disk" else 0
+    gblm = 4 * sizes.count * sizes.weights if methods.resolve(config.method)[0] == "gblm" else 0
+    is_gguf = is_streamed and (config.model == "smollm2" or str(config.model).endswith(".gguf"))
+    return hidden + gblm + (sizes.all if is_gguf else 0)
+
+
+def _flops(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, attention: float) -> float:
+    """Floating-point operations of all blocks; a backward counts as two forwards."""
+    name = methods.resolve(config.method)[0]
+    forward = 2.0 * sizes.met + attention
+    forwards = {"rgs": 4.0, "gblm": 6.0}.get(name, 2.0)
+    flops = samples * seq_len * forwards * forward
+    if name == "sparsegpt":
+        flops += samples * seq_len * 2.0 * sum(width**2 for width in sizes.inputs)
+        flops += sum(4 / 3 * width**3 for width in sizes.inputs)
+        flops += sum(view.weight.numel() * view.weight.shape[1] for view in sizes.views)
+    if _is_refined(config):
+        flops += seq_len * 3.0 * forward * config.ro_rounds * min(config.ro_samples, samples)
+    return sizes.count * flops
+
+
+def _is_refined(config: PruneConfig) -> bool:
+    return len(methods.resolve(config.method)) > 1
+
+
+def _distinct_inputs(views: list[LinearView]) -> list[int]:
+    """Widths of the tensors that feed the maps: q, k and v share one, gate and up another; an expert has its own."""
+    widths, previous = [], None
+    for view in views:
+        width, group = view.weight.shape[1], (view.name.rpartition(".")[0], view.weight.shape[1], view.index)
+        if group != previous or view.is_expert:
+            widths.append(width)
+        previous = group
+    return widths
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.dtype.itemsize for p in dict.fromkeys(module.parameters()))
