@@ -123,6 +123,27 @@ def test_perplexities_on_other_windows_stand_in_a_column_of_their_own(place, tmp
     assert cells[3:5] == [f"{figures['perplexity']:,.2f}", "77.00"]
 
 
+def test_results_of_a_sweep_are_runs_failures_included(place, tmp_path):
+    shutil.copytree(place / "few", tmp_path / "few-12ab")
+    report = json.loads((place / "few/wandapp/report.json").read_text())
+    figures = json.loads((place / "few.json").read_text().splitlines()[1])
+    del report["blocks"]
+    recipe = {"model": str(place / "tiny"), "method": "wanda", "sparsity": "2:4"}
+    lines = [
+        {"name": "dense-tiny", "kind": "dense", "evaluation": figures, "status": "done"},
+        {"name": "few-12ab", "kind": "prune", "report": report, "evaluation": figures, "status": "done"},
+        {"name": "gone-34cd", "kind": "prune", "report": report, "evaluation": figures, "status": "done"},
+        {"name": "bad-56ef", "kind": "prune", "status": "failed", "error": "no room"},
+    ]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line | {"recipe": recipe}) + "\n" for line in lines))
+    write_report(read_runs([tmp_path / "results.jsonl"]), tmp_path / "report.html")
+    found = rows((tmp_path / "report.html").read_text())
+    assert list(found) == ["tiny", "few-12ab", "gone-34cd", "bad-56ef"]
+    assert found["tiny"][1] == "dense" and found["tiny"][3] == found["gone-34cd"][3].partition("×")[0]
+    assert found["few-12ab"][5] != "–" and found["gone-34cd"][5] == "–"
+    assert "failed: no room" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.slow
 def test_recovered_run_shows_its_losses(place, tmp_path):
     shutil.copytree(place / "few", tmp_path / "trained")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -95,3 +96,39 @@ def test_every_dependency_has_a_tested_version():
     }
     assert {requirement.partition(">")[0].partition(";")[0].strip().lower() for requirement in wanted} <= pinned
     assert set(project["build-system"]["requires"]) and {"setuptools", "pybind11", "ninja"} <= pinned
+
+
+@pytest.mark.slow
+def test_sdist_builds_a_wheel_that_runs(tmp_path):
+    """The archive alone, without the repository around it, is enough."""
+    shutil.copytree(
+        ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "out")
+    )
+    environment = os.environ | {"WANDAPP_CUDA": "0"}
+    build = "from setuptools import build_meta; print(build_meta.build_sdist({!r}))"
+    command = [sys.executable, "-c", build.format(str(tmp_path))]
+    run = subprocess.run(command, cwd=tmp_path / "source", env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    archive = tmp_path / run.stdout.splitlines()[-1]
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    headers = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")}
+    wanted = {
+        "LICENSE",
+        "README.md",
+        "Makefile",
+        "tests/tiny.py",
+        "docs/index.md",
+        "wandapp/report.html.j2",
+        "wandapp/py.typed",
+    }
+    assert headers and headers | wanted <= names and not [name for name in names if name.endswith(".so")]
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path]
+    run = subprocess.run(
+        [*pip, next((tmp_path / "unpacked").iterdir())], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert run.returncode == 0, run.stderr
+    held = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {"wandapp/py.typed", "wandapp/report.html.j2", "wandapp/kernels/select/reference.py"} <= set(held)
+    assert any(name.startswith("wandapp/_C.") for name in held)

@@ -16,7 +16,7 @@ commands = typer.Typer()
 def report_command(
     run: Annotated[
         list[str],
-        typer.Argument(help="folders that prune, pack or recover wrote, and saved --json output of eval and bench"),
+        typer.Argument(help="folders that prune, pack or recover wrote, a sweep's results, saved --json output"),
     ],
     out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
     plots: Annotated[Path | None, typer.Option(help="folder for every plot as .png and .svg")] = None,

@@ -1,4 +1,4 @@
-"""What `wandapp report` reads: output folders of prune, pack and recover, and saved --json output, joined into runs.
+"""What `wandapp report` reads: output folders of prune, pack and recover, a sweep's results.jsonl, saved --json output.
 
 A run is one checkpoint with all that is known about it. A JSON file adds to the run whose folder it names; where no
 given folder has that name it makes a run of its own.
@@ -24,6 +24,7 @@ class Run:
     perplexities     results of eval, newest last; tasks likewise
     bench            figures of `bench inference` by form, "dense" and "sparse", or None
     stored_bytes     of its safetensors files, or None where its folder was not given
+    failure          why a job of a sweep came to nothing
     """
 
     name: str
@@ -39,6 +40,7 @@ class Run:
     stored_bytes: int | None = None
     is_packed: bool = False
     is_dense: bool = False
+    failure: str | None = None
 
     @property
     def method(self) -> str:
@@ -79,7 +81,8 @@ class Run:
 
     @property
     def warnings(self) -> list[str]:
-        return list((self.prune or {}).get("warnings", []))
+        """What the run warned of, or why it failed."""
+        return list((self.prune or {}).get("warnings", [])) + ([f"failed: {self.failure}"] if self.failure else [])
 
 
 def text_key(result: Json) -> tuple:
@@ -171,6 +174,9 @@ def _add(runs: dict[str, Run], result: Json, place: Path) -> None:
     if "copy_gb_s" in result and isinstance(result.get("rows"), list):
         runs[str(place)] = Run(place.stem, kernels=result)
         return
+    if {"kind", "recipe", "status"} <= result.keys():
+        _add_job(runs, result, place.parent)
+        return
     subject = result.get("out") or result.get("model")
     if subject is None:
         raise WandappError(f"{place}: no result of wandapp's prune, recover, eval or bench; save one with --json")
@@ -189,6 +195,23 @@ def _add(runs: dict[str, Run], result: Json, place: Path) -> None:
         run.stored_bytes, run.is_packed = run.stored_bytes or result["packed_bytes"], True
     else:
         raise WandappError(f"{place}: no result of wandapp's prune, recover, eval or bench; save one with --json")
+
+
+def _add_job(runs: dict[str, Run], row: Json, home: Path) -> None:
+    """One line of a sweep's results: the job's folder where it is still there, and its evaluation."""
+    folder, evaluation = home / row["name"], row.get("evaluation")
+    if row.get("report") is None:  # the dense model, or a job that failed
+        subject = str(row["recipe"].get("model")) if row["status"] == "done" else row["name"]
+        run = runs.setdefault(subject, Run(subject))
+        run.failure = row.get("error")
+    elif _key(folder) in runs:
+        run = runs[_key(folder)]
+    else:
+        run = _folder_run(folder) if folder.is_dir() else Run(row["name"], recipe=row["recipe"])
+        run.prune = run.prune or {"blocks": [], **row["report"]}
+        runs[_key(folder)] = run
+    if evaluation:
+        _add_evaluation(run, evaluation)
 
 
 def _subject_key(runs: dict[str, Run], subject: str) -> str:
