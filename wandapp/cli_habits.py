@@ -42,6 +42,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "wandapp report pruned --out report.html",
         "wandapp report wanda wanda++ packed eval.json bench.json --out report.html --plots plots",
     ),
+    "sweep": ("wandapp sweep sweep.yaml --dry-run", "wandapp sweep sweep.yaml --workers 4"),
     "bench kernels": ("wandapp bench kernels llama-7b", "wandapp bench kernels --shape 4096x4096 --only selection"),
 }
 
