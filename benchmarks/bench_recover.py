@@ -19,7 +19,7 @@ import torch
 
 from wandapp.evaluate import perplexity
 from wandapp.models import load_model
-from wandapp.recover import recover
+from wandapp.recovery import recover
 from wandapp.report import versions
 
 TRAININGS = {"none": None, "papers": {"preset": "papers"}, "strong": {"preset": "strong"}, "full": {"full": True}}

@@ -49,7 +49,7 @@ FLOORS = {
     "wandapp.card": 4,
     "wandapp.verify": 5,
     "wandapp.track": 5,
-    "wandapp.recover": 5,
+    "wandapp.recovery": 5,
     "wandapp.inspection": 5,
     "wandapp.tasks": 5,
     "wandapp.evaluation": 5,

@@ -22,7 +22,10 @@ def tightest(weight: torch.Tensor) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize(("family", "sparsity"), [("llama", "2:4"), ("gpt2", "1:4"), ("qwen3", "4:8"), ("opt", "0.5")])
+SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in (("qwen3", "4:8"), ("opt", "0.5"))]
+
+
+@pytest.mark.parametrize(("family", "sparsity"), [("llama", "2:4"), ("gpt2", "1:4"), *SLOW])
 def test_zeros_and_patterns_are_those_of_the_weights(family, sparsity, pruned_checkpoint, tmp_path):
     model, folder = pruned_checkpoint(family, sparsity)
     weights = {view.name: view.weight for view in linear_views(model)}

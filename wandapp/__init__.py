@@ -28,6 +28,10 @@ _HOME = {
     "SparseLinear": "wandapp.modules",
     "perplexity": "wandapp.evaluate",
     "verify_model": "wandapp.verify",
+    "recover": "wandapp.recovery",
+    "RecoverConfig": "wandapp.recover_config",
+    "inspect_checkpoint": "wandapp.inspection",
+    "evaluate_checkpoint": "wandapp.evaluation",
 }
 
 __all__ = ["__version__", *_HOME]

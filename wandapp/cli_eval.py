@@ -33,10 +33,7 @@ def eval_command(
     device: Device = "auto",
     json_only: Json = False,
 ) -> None:
-    """Measure perplexity and task accuracy, and state everything the figures depend on.
-
-    wandapp eval pruned --text pydoc --seq-len 512 --dense
-    """
+    """Measure perplexity and task accuracy, and state everything the figures depend on."""
     from wandapp.evaluation import EvalOptions, base_of, evaluate_checkpoint, keep_figures
 
     output = Output(json_only)

@@ -29,8 +29,15 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "eval": (
         "wandapp eval pruned --text wikitext2",
-        "wandapp eval pruned --text pydoc --seq-len 512 --windows 20 --json",
+        "wandapp eval pruned --text pydoc --seq-len 512 --windows 20 --dense --json",
+        "wandapp eval pruned --tasks wanda7 --dense --batch-size 8",
     ),
+    "recover": (
+        "wandapp recover pruned --out recovered --text pydoc --samples 64 --seq-len 256 --preset strong",
+        "wandapp recover pruned --out recovered --text c4 --full --track tensorboard --resume",
+    ),
+    "inspect": ("wandapp inspect pruned", "wandapp inspect packed --layers --json"),
+    "push": ("wandapp push pruned OWNER/NAME --private",),
     "verify": ("wandapp verify pruned", "wandapp verify pruned --sparsity 2:4 --skip down_proj"),
     "generate": ("wandapp generate pruned 'The sea is'", "wandapp generate packed 'The sea is' --max-new-tokens 16"),
     "doctor": ("wandapp doctor", "wandapp doctor --json"),

@@ -18,10 +18,7 @@ def push_command(
     private: Private = False,
     json_only: Json = False,
 ) -> None:
-    """Upload a checkpoint with its model card to the Hugging Face hub.
-
-    wandapp push pruned OWNER/NAME --private
-    """
+    """Upload a checkpoint with its model card to the Hugging Face hub."""
     output = Output(json_only)
     output.finish({"folder": str(folder), **push_and_show(folder, repo, private, output)})
 

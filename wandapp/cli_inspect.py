@@ -19,10 +19,7 @@ def inspect_command(
     skip: Annotated[list[str] | None, typer.Option(help="regular expression of linear maps left out")] = None,
     json_only: Json = False,
 ) -> None:
-    """Show the zeros of a checkpoint, the n:m patterns that hold, and which products a GPU's 2:4 libraries would take.
-
-    wandapp inspect pruned --layers
-    """
+    """Show the zeros of a checkpoint, the n:m patterns that hold, and which products a GPU's 2:4 libraries would take."""
     from wandapp.inspection import GPU_MULTIPLES, inspect_checkpoint, not_implied
 
     output = Output(json_only)

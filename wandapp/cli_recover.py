@@ -28,15 +28,12 @@ def recover_command(
     json_only: Json = False,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """Train a pruned checkpoint on some text, zeros kept.
-
-    wandapp recover pruned --out recovered --text pydoc --samples 64 --seq-len 256 --preset strong
-    """
+    """Train a pruned checkpoint on some text, zeros kept."""
     output = Output(json_only)
     settings = RecoverConfig.from_yaml(config, **options) if config else RecoverConfig(**options)
     cli_hub.check_push(push_to_hub)
     try:
-        from wandapp.recover import recover
+        from wandapp.recovery import recover
         from wandapp.track import tracking
 
         run = {"checkpoint": str(folder), **settings.resolved().model_dump(mode="json")}
