@@ -47,6 +47,7 @@ NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
     "--fmad=false",
+    "--threads=2",  # one for each architecture
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",  # PTX too: newer GPUs compile it when they load it
     "-Xcompiler=-fPIC,-fvisibility=hidden",

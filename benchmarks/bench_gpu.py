@@ -133,8 +133,11 @@ def format_row(row: dict) -> str:
     return f"{line} {row['note']}".rstrip() + ("" if row["captured"] else "  (eager)")
 
 
-def measure(calls: list[Callable], *, capture: bool = True, repeats: int = 15) -> dict:
-    """Median and quartiles of microseconds per call over a sequence of calls, and whether it ran as a CUDA graph."""
+def measure(calls: list[Callable], *, capture: bool = True, repeats: int = 15, restore: Callable | None = None) -> dict:
+    """Median and quartiles of microseconds per call over a sequence of calls, and whether it ran as a CUDA graph.
+
+    restore  gives calls that change their inputs the old ones back, before each timed sequence
+    """
     for call in calls[:2] + calls:
         call()
     torch.cuda.synchronize()
@@ -149,6 +152,8 @@ def measure(calls: list[Callable], *, capture: bool = True, repeats: int = 15) -
             torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
+        if restore:
+            restore()  # in the stream before the first event
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
@@ -233,7 +238,8 @@ def correctness(bench: Bench) -> None:
 
 def check_selection(bench: Bench) -> None:
     from wandapp.errors import NonFiniteScoreError
-    from wandapp.kernels.select import prune_nm_, prune_rows_, select_nm, select_rows
+    from wandapp.kernels.pack import pack
+    from wandapp.kernels.select import prune_nm_, prune_pack_nm_, prune_rows_, select_nm, select_rows
 
     def compare(select, prune, weight, scale, gradient, options, backend):
         expected = select(weight, scale, gradient, **options, backend="reference")
@@ -242,6 +248,11 @@ def check_selection(bench: Bench) -> None:
         bits = prune(ours, scale, gradient, **options, backend=backend)
         require(torch.equal(bits, prune(reference, scale, gradient, **options, backend="reference")), "bitmasks differ")
         require(torch.equal(ours, reference), "pruned weights differ")
+        if "n" in options:
+            packed = prune_pack_nm_(weight.clone(), scale, gradient, **options, backend=backend)
+            expected = pack(reference, n=options["n"], m=options["m"], backend="reference")
+            require(torch.equal(packed.values, expected.values), "packed values differ")
+            require(torch.equal(packed.bitmask, expected.bitmask), "packed bitmasks differ")
 
     def refuses_nan(select, options, backend):
         weight = random_weight(37, 64)
@@ -466,14 +477,42 @@ def select(bench: Bench) -> None:
             bench.time(
                 f"select_nm 2:4 +gradient {backend}", shape, with_gradient, bytes_moved=7 * elements, target=goal
             )
-            in_place = over(weights, launcher("prune_nm_", backend), scale, None, n=2, m=4, alpha=0.0)
-            bench.time(f"prune_nm_ 2:4 {backend}", shape, in_place, bytes_moved=4.125 * elements, target=goal)
+        time_pruning(bench, shape, weights, scale, sort)
         for backend in backends("select_rows"):
-            keep = {"keep": cols // 2, "alpha": 0.0}
-            fresh = [random_weight(rows, cols) for _ in weights]
-            calls = over(fresh, launcher("select_rows", backend), scale, None, **keep)
+            calls = over(weights, launcher("select_rows", backend), scale, None, keep=cols // 2, alpha=0.0)
             bench.time(f"select_rows 50% {backend}", shape, calls, bytes_moved=3 * elements, baseline=("sort", sort))
-            # prune_rows_ is not timed: from the second call on its weight is pruned, and the search ends at once
+
+
+def time_pruning(bench: Bench, shape: str, weights: list, scale, sort: dict | None) -> None:
+    """What changes its weight: every timed sequence starts from the dense weights again."""
+    dense, elements, half = [weight.clone() for weight in weights], weights[0].numel(), weights[0].shape[1] // 2
+
+    def restore():
+        for weight, original in zip(weights, dense, strict=True):
+            weight.copy_(original)
+
+    for backend in backends("prune_nm_"):
+        prune, pack = launcher("prune_nm_", backend), launcher("pack", backend)
+        nm = {"n": 2, "m": 4, "alpha": 0.0}
+
+        def apart(weight, prune=prune, pack=pack, nm=nm):
+            return prune(weight, scale, None, **nm), pack(weight, n=2, m=4)
+
+        pruning = over(weights, prune, scale, None, **nm)
+        goal = ("copy", 0.85)
+        moved = 4.125 * elements
+        bench.time(f"prune_nm_ 2:4 {backend}", shape, pruning, bytes_moved=moved, target=goal, restore=restore)
+        two = bench.time(f"prune_nm_ 2:4, pack {backend}", shape, over(weights, apart), restore=restore)
+        fused = over(weights, launcher("prune_pack_nm_", backend), scale, None, **nm)
+        bench.time(
+            f"prune_pack_nm_ 2:4 {backend}", shape, fused, bytes_moved=5.125 * elements, baseline=("apart", two),
+            target=goal, restore=restore,
+        )  # fmt: skip
+        rows = over(weights, launcher("prune_rows_", backend), scale, None, keep=half, alpha=0.0)
+        bench.time(
+            f"prune_rows_ 50% {backend}", shape, rows, bytes_moved=moved, baseline=("sort", sort), restore=restore
+        )
+    restore()
 
 
 def torch_topk_nm(weight, scale):

@@ -11,7 +11,7 @@ from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.kernels.compensate import compensate_block_
 from wandapp.kernels.pack import pack, unpack
 from wandapp.kernels.rmsprop import rmsprop_
-from wandapp.kernels.select import prune_nm_, prune_rows_, select_nm, select_rows
+from wandapp.kernels.select import prune_nm_, prune_pack_nm_, prune_rows_, select_nm, select_rows
 from wandapp.kernels.sparse_linear import sparse_linear
 from wandapp.layer_shapes import Shape
 

@@ -28,12 +28,14 @@ class NonFiniteScoreError(WandappError):
 class TooManyNonZerosError(WandappError):
     """A group of m consecutive weights holds more than n non-zeros."""
 
-    def __init__(self, row: int, column: int, n: int, m: int):
+    def __init__(self, row: int, column: int, n: int, m: int, groups: int = 1):
+        """`row` and `column` of the first of `groups` such groups."""
+        others = f" (the first of {groups} such groups)" if groups > 1 else ""
         super().__init__(
-            f"row {row}, columns {column}..{column + m - 1} hold more than {n} non-zeros, which {n}:{m} does not allow; "
-            f"prune with --sparsity {n}:{m} first"
+            f"row {row}, columns {column}..{column + m - 1} hold more than {n} non-zeros{others}, which {n}:{m} does not "
+            f"allow; prune with --sparsity {n}:{m} first"
         )
-        self.row, self.column = row, column
+        self.row, self.column, self.groups = row, column, groups
 
 
 def nearest(name: str, valid: Iterable[str], limit: int = 100) -> str:

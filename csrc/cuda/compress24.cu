@@ -9,10 +9,12 @@ namespace wandapp {
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 template <typename Word, Layout layout>
-static void launch(const CompressArguments& arguments, cudaStream_t stream) {
-  const auto kernel = arguments.wide ? compress24_kernel<Word, layout, true> : compress24_kernel<Word, layout, false>;
+static cudaError_t launch(const CompressArguments& arguments, cudaStream_t stream) {
+  const auto kernel = compress_kernel<Word, layout>(arguments.wide);
+  if (!kernel) return cudaErrorMisalignedAddress;
   const CompressGrid grid = compress_grid(arguments.rows, arguments.cols);
   kernel<<<dim3(grid.x, grid.y), kCompressThreads, 0, stream>>>(arguments);
+  return cudaGetLastError();
 }
 
 int compress24(uintptr_t weight, int64_t row_stride, uintptr_t keep, int64_t rows, int64_t cols, int dtype, int layout,
@@ -22,17 +24,10 @@ int compress24(uintptr_t weight, int64_t row_stride, uintptr_t keep, int64_t row
   const CompressArguments arguments = compress_arguments(weight, row_stride, keep, rows, cols, dtype == kFloat32 ? 4 : 2,
                                                          values, metadata, offender);
   const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
-  if (dtype == kFloat32 && layout == 0)
-    launch<uint32_t, Layout::kNeutral>(arguments, stream);
-  else if (dtype == kFloat32)
-    return cudaErrorInvalidValue;
-  else if (layout == 0)
-    launch<uint16_t, Layout::kNeutral>(arguments, stream);
-  else if (layout == 1)
-    launch<uint16_t, Layout::kCutlass>(arguments, stream);
-  else
-    launch<uint16_t, Layout::kCusparselt>(arguments, stream);
-  return cudaGetLastError();
+  if (dtype == kFloat32) return layout ? cudaErrorInvalidValue : launch<uint32_t, Layout::kNeutral>(arguments, stream);
+  if (layout == 0) return launch<uint16_t, Layout::kNeutral>(arguments, stream);
+  if (layout == 1) return launch<uint16_t, Layout::kCutlass>(arguments, stream);
+  return launch<uint16_t, Layout::kCusparselt>(arguments, stream);
 }
 
 }  // namespace wandapp

@@ -177,4 +177,12 @@ __global__ void __launch_bounds__(kCompressThreads) compress24_kernel(CompressAr
   reinterpret_cast<uint4*>(words)[piece] = reinterpret_cast<const uint4*>(tiles)[tile * 8 + piece];
 }
 
+// The kernel for `wide` or other rows; null for rows that a library's layout cannot have.
+template <typename Word, Layout layout>
+auto compress_kernel(bool wide) {
+  constexpr bool kAnyRows = layout == Layout::kNeutral;
+  const auto whole = &compress24_kernel<Word, layout, true>;
+  return wide ? whole : kAnyRows ? &compress24_kernel<Word, layout, !kAnyRows> : nullptr;
+}
+
 }  // namespace wandapp

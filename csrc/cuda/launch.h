@@ -8,7 +8,8 @@ namespace wandapp {
 
 enum DtypeCode { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// layout: 0 neutral, 1 CUTLASS, 2 cuSPARSELt (metadata only; both for 16-bit types). keep: bitmask or 0.
+// layout: 0 neutral, 1 CUTLASS, 2 cuSPARSELt (metadata only; both for 16-bit types and 16-byte aligned rows). keep: bitmask
+// or 0.
 int compress24(uintptr_t weight, int64_t row_stride, uintptr_t keep, int64_t rows, int64_t cols, int dtype, int layout,
                uintptr_t values, uintptr_t metadata, uintptr_t offender, int device, uintptr_t stream);
 

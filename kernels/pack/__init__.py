@@ -45,7 +45,8 @@ def pack(weight: Tensor, *, n: int | None = None, m: int | None = None, backend:
     unstructured  (n = m = None) the bitmask marks the non-zeros
 
     weight   [rows, cols] fp16, bf16 or fp32; cols divisible by m
-    raises   WandappError on a shape, dtype or divisibility error; TooManyNonZerosError on a group of more than n
+    raises   WandappError on a shape, dtype or divisibility error; TooManyNonZerosError on a group of more than n:
+             it names the first one's row and column, and how many there are
     """
     check_matrix("weight", weight)
     require((n is None) == (m is None), f"n and m go together, got n={n}, m={m}")
@@ -134,7 +135,8 @@ def _pack(weight: Tensor, n: int | None, m: int | None, backend: str | None) -> 
     values, bitmask, row_offsets, offender = launch(weight, n=n, m=m)
     index = int(offender)
     if index >= 0:
-        raise TooManyNonZerosError(*divmod(index, weight.shape[1]), n, m)
+        crowded = int(((weight != 0).reshape(len(weight), -1, m).sum(-1) > n).sum())  # only now: the kernels look for the first
+        raise TooManyNonZerosError(*divmod(index, weight.shape[1]), n, m, crowded)
     if row_offsets is None:
         row_offsets = weight.new_empty(0, dtype=torch.int64)
     return values, bitmask, row_offsets

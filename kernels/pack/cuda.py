@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from wandapp.errors import BackendUnavailableError
-from wandapp.kernels.native import DTYPE_CODES, address
+from wandapp.kernels.native import DTYPE_CODES, address, aligned
 from wandapp.kernels.pack import Packed
 
 LAYOUTS = {"neutral": 0, "cutlass": 1, "cusparselt": 2}
@@ -31,6 +31,7 @@ def compress24(
         metadata = torch.empty(rows, (cols + 7) // 8, dtype=torch.uint8, device=weight.device)
     else:
         metadata = torch.empty(rows, cols // 16, dtype=torch.int16, device=weight.device)
+        weight, bitmask = aligned(weight), None if bitmask is None else aligned(bitmask)
     if offender is None:
         offender = torch.full((), NO_OFFENDER, dtype=torch.int64, device=weight.device)
     with torch.cuda.device_of(weight):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from wandapp.errors import BackendUnavailableError
-from wandapp.kernels.native import DTYPE_CODES, address
+from wandapp.kernels.native import DTYPE_CODES, address, aligned
 from wandapp.kernels.pack import Packed
 
 MAX_TOKENS = 16
@@ -51,9 +51,3 @@ def sparse_linear_cuda(x: Tensor, packed: Packed, bias: Tensor | None, *, walkin
             DTYPE_CODES[x.dtype], walking, stream.device_index, stream.cuda_stream,
         )  # fmt: skip
     return y
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, copied only if it is not contiguous from a 16-byte boundary on."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

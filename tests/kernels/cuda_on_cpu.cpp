@@ -11,7 +11,8 @@ using namespace wandapp;
 template <typename Word, Layout layout>
 static void run_compress(const CompressArguments& arguments) {
   const CompressGrid grid = compress_grid(arguments.rows, arguments.cols);
-  const auto kernel = arguments.wide ? compress24_kernel<Word, layout, true> : compress24_kernel<Word, layout, false>;
+  const auto kernel = compress_kernel<Word, layout>(arguments.wide);
+  if (!kernel) throw std::runtime_error("a layout of the libraries needs aligned rows");
   fibers::launch(kernel, {grid.x, grid.y}, kCompressThreads, arguments);
 }
 

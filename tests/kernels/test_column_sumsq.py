@@ -59,8 +59,3 @@ def test_rejects_vectors_and_integers():
         column_sumsq(torch.ones(3))
     with pytest.raises(WandappError, match="float32, bfloat16 or float16"):
         column_sumsq(torch.ones(3, 4, dtype=torch.int32))
-
-
-def test_registered_for_torch_compile(backend):
-    x = torch.randn(2, 5, 33)
-    torch.library.opcheck(torch.ops.wandapp.column_sumsq.default, (x, backend))

@@ -114,12 +114,3 @@ def test_rejects_what_does_not_fit():
         compensate_block_(weight, factor, mask=torch.ones(2, 8))
     with pytest.raises(WandappError, match="must be float32"):
         compensate_block_(weight.half(), factor, n=2, m=4)
-
-
-def test_registered_for_torch_compile(backend):
-    weight, factor = torch.randn(6, 8), factor_of(8)
-    torch.library.opcheck(torch.ops.wandapp.compensate_block_.default, (weight.clone(), factor, 2, 4, None, backend))
-    mask = torch.rand(6, 8) > 0.5
-    torch.library.opcheck(
-        torch.ops.wandapp.compensate_block_.default, (weight.clone(), factor, None, None, mask, backend)
-    )

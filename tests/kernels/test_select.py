@@ -238,21 +238,3 @@ def test_column_major_weight_is_selected_but_not_pruned():
 def test_rejects_what_does_not_fit(call, message):
     with pytest.raises(WandappError, match=message):
         call(torch.randn(4, 16))
-
-
-def test_registered_for_torch_compile(backend):
-    weight, scale, gradient = torch.randn(6, 32), torch.rand(32), torch.rand(6, 32)
-    ops = torch.ops.wandapp
-    torch.library.opcheck(ops.select_nm.default, (weight, scale, gradient, 2, 4, 0.5, backend))
-    torch.library.opcheck(ops.select_rows.default, (weight, None, gradient, 7, 0.5, backend))
-    torch.library.opcheck(ops.prune_nm_.default, (weight.clone(), scale, None, 2, 4, 0.0, backend))
-    torch.library.opcheck(ops.prune_rows_.default, (weight.clone(), None, None, 7, 0.0, backend))
-
-
-def test_compiled_function_prunes_in_place():
-    weight = torch.randn(4, 16)
-    expected = weight.clone()
-    bitmask = prune_nm_(expected, n=2, m=4)
-    compiled = torch.compile(lambda w: prune_nm_(w, n=2, m=4), backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(weight), bitmask)
-    assert torch.equal(weight, expected)

@@ -117,15 +117,3 @@ def test_rejects_what_does_not_fit():
         sparse_linear(torch.ones(2, 4), packed, torch.ones(3))
     with pytest.raises(WandappError, match="bitmask must be"):
         sparse_linear(torch.ones(2, 4), Packed(packed.values, packed.bitmask[:2], packed.row_offsets, (4, 4), None))
-
-
-def test_registered_for_torch_compile(backend):
-    packed = pack(sparse_weight(8, 32, (2, 4), torch.float32), n=2, m=4)
-    arguments = (torch.randn(3, 32), packed.values, packed.bitmask, None, None, None, 8, 32, 2, 4, backend)
-    torch.library.opcheck(torch.ops.wandapp.sparse_linear.default, arguments)
-
-
-def test_compiled_function_equals_eager():
-    packed, x = pack(sparse_weight(8, 32, (2, 4), torch.float32), n=2, m=4), torch.randn(3, 32)
-    compiled = torch.compile(lambda x: sparse_linear(x, packed).relu(), backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), sparse_linear(x, packed).relu())

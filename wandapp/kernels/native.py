@@ -1,4 +1,4 @@
-"""What the launchers of the compiled CPU kernels share: how a tensor looks from `wandapp._C`."""
+"""What the launchers of the compiled kernels share: how a tensor looks from `wandapp._C` and `wandapp._CUDA`."""
 
 import os
 
@@ -11,6 +11,12 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8
 def address(tensor: Tensor | None) -> int:
     """Address of the first element; 0 stands for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, copied only if it is not contiguous from a 16-byte boundary on."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def instruction_set(isa: str | None) -> str:
