@@ -1,6 +1,7 @@
 """The calls that `wandapp bench kernels` times: every op on one weight, and the torch operations that it replaces."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -89,24 +90,34 @@ def selection(of: Inputs, backends: Backends) -> list[Case]:
 
 
 def packing(of: Inputs, backends: Backends) -> list[Case]:
-    """To the packed form and back; the torch operations are those of the reference."""
+    """To the packed form and back, each into fresh memory, as `clone` is; the torch operations are the reference's."""
     groups, rows = of.pruned((2, 4)), of.pruned(None)
     packed_groups, packed_rows = pack(groups, n=2, m=4), pack(rows)
-    moved = of.count * of.itemsize * 1.5 + of.count / 8
-    found = []
+    size, scale = of.count * of.itemsize, of.scale
+    moved, fused = 1.5 * size + of.count / 8, 2.5 * size + of.count / 8
+
+    def apart(backend: str) -> None:
+        prune_nm_(of.weight, scale, n=2, m=4, backend=backend)
+        pack(of.weight, n=2, m=4, backend=backend)
+
+    found = [Case("clone of W", TORCH, 2 * size, of.dense.clone)]
     for b in ("reference", *backends("pack")):
         name = TORCH if b == "reference" else b
         found += [
             Case("pack 2:4", name, moved, lambda b=b: pack(groups, n=2, m=4, backend=b)),
-            Case(
-                "pack 50%", name, moved + of.count * of.itemsize, lambda b=b: pack(rows, backend=b)
-            ),  # W is read twice
+            Case("pack 50%", name, moved + size, lambda b=b: pack(rows, backend=b)),  # W is read twice
         ]
         if b != "cuda":  # which has no unpack
             found += [
                 Case("unpack 2:4", name, moved, lambda b=b: unpack(packed_groups, backend=b)),
                 Case("unpack 50%", name, moved, lambda b=b: unpack(packed_rows, backend=b)),
             ]
+    for b in backends("prune_pack_nm_"):
+        run = lambda b=b: prune_pack_nm_(of.weight, scale, n=2, m=4, backend=b)  # noqa: E731
+        found += [
+            Case("prune_nm_, then pack 2:4", b, fused + 2 * size, partial(apart, b), of.restore),
+            Case("prune_pack_nm_ 2:4", b, fused, run, of.restore),
+        ]
     return found
 
 
