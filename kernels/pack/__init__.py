@@ -135,7 +135,8 @@ def _pack(weight: Tensor, n: int | None, m: int | None, backend: str | None) -> 
     values, bitmask, row_offsets, offender = launch(weight, n=n, m=m)
     index = int(offender)
     if index >= 0:
-        crowded = int(((weight != 0).reshape(len(weight), -1, m).sum(-1) > n).sum())  # only now: the kernels look for the first
+        nonzeros = (weight != 0).reshape(len(weight), -1, m).sum(-1)  # counted only now: kernels look for the first
+        crowded = int((nonzeros > n).sum())
         raise TooManyNonZerosError(*divmod(index, weight.shape[1]), n, m, crowded)
     if row_offsets is None:
         row_offsets = weight.new_empty(0, dtype=torch.int64)
