@@ -290,8 +290,7 @@ def test_groups_with_the_right_total_but_the_wrong_place(pruned_checkpoint, tmp_
 
 @pytest.mark.parametrize(("cols", "n", "m"), [(12, 2, 4), (24, 3, 12), (32, 4, 16), (9, 1, 3), (8, 1, 2)])
 def test_bits_of_groups_of_any_width(cols, n, m):
-    from wandapp.kernels.pack import pack
-    from wandapp.packed import bitmask_fault
+    from wandapp.kernels.pack import bitmask_fault, pack
 
     weight = torch.zeros(5, cols)
     weight.view(5, -1, m)[..., :n] = 1.0

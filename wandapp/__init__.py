@@ -25,6 +25,8 @@ _HOME = {
     "load_sparse": "wandapp.inference",
     "sparsify": "wandapp.inference",
     "save_sparse": "wandapp.saving",
+    "export_torch_24": "wandapp.export",
+    "load_torch_24": "wandapp.export",
     "SparseLinear": "wandapp.modules",
     "perplexity": "wandapp.evaluate",
     "verify_model": "wandapp.verify",

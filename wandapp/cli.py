@@ -14,6 +14,7 @@ from wandapp import (
     __version__,
     cli_bench,
     cli_eval,
+    cli_export,
     cli_habits,
     cli_hub,
     cli_inspect,
@@ -22,7 +23,17 @@ from wandapp import (
     cli_report,
     cli_sweep,
 )
-from wandapp.cli_options import Device, Dtype, Json, ModelArgument, Private, PushToHub, Track, with_flags_of
+from wandapp.cli_options import (
+    Device,
+    Dtype,
+    Json,
+    ModelArgument,
+    Private,
+    PushToHub,
+    RequireSparse,
+    Track,
+    with_flags_of,
+)
 from wandapp.config import PruneConfig
 from wandapp.console import Output, duration, speaks_for_all
 from wandapp.errors import WandappError
@@ -33,7 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for topic in (cli_packed, cli_eval, cli_recover, cli_inspect, cli_report, cli_hub, cli_sweep):
+for topic in (cli_packed, cli_export, cli_eval, cli_recover, cli_inspect, cli_report, cli_hub, cli_sweep):
     app.add_typer(topic.commands)
 app.add_typer(cli_bench.bench, name="bench")
 
@@ -197,14 +208,17 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to add at most")] = 64,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    require_sparse: RequireSparse = False,
     json_only: Json = False,
 ) -> None:
     """Continue PROMPT, always with the most likely token."""
-    from wandapp.inference import load_either
+    from wandapp.inference import fallback_notes, load_either
     from wandapp.models import generate
 
     output = Output(json_only)
-    loaded = load_either(model, dtype=dtype, device=device)
+    loaded = load_either(model, dtype=dtype, device=device, require_sparse=require_sparse)
+    for note in fallback_notes(loaded.model):
+        output.note(note)
     text = generate(loaded.model, loaded.tokenizer, prompt, max_new_tokens)
     output.result(prompt + text)
     output.finish({"model": model, "prompt": prompt, "text": text})

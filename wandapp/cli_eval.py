@@ -1,10 +1,11 @@
 """The command `wandapp eval`."""
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
-from wandapp.cli_options import Device, Dtype, Json, ModelArgument
+from wandapp.cli_options import Device, Dtype, Json, ModelArgument, RequireSparse
 from wandapp.console import Output
 
 commands = typer.Typer()
@@ -31,6 +32,7 @@ def eval_command(
     save: Annotated[bool, typer.Option("--save", help="keep the figures in MODEL/wandapp and its model card")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    require_sparse: RequireSparse = False,
     json_only: Json = False,
 ) -> None:
     """Measure perplexity and task accuracy, and state everything the figures depend on."""
@@ -44,7 +46,8 @@ def eval_command(
     measured = []
     for reference in filter(None, (model, base)):
         with output.progress("done") as update:
-            measured.append(evaluate_checkpoint(reference, options, on_progress=update, on_note=output.note))
+            its = replace(options, require_sparse=require_sparse and reference == model)
+            measured.append(evaluate_checkpoint(reference, its, on_progress=update, on_note=output.note))
     figures, baseline = measured[0], measured[1] if base else None
     _show(figures, baseline, output)
     if save:

@@ -18,6 +18,9 @@ Private = Annotated[bool, typer.Option("--private", help="make that repository p
 Track = Annotated[
     list[str] | None, typer.Option(help="tensorboard, wandb or none; figures go to OUT.track; may be repeated")
 ]
+RequireSparse = Annotated[
+    bool, typer.Option("--require-sparse", help="refuse a model of which some packed linear map would run dense")
+]
 ModelArgument = Annotated[str, typer.Argument(help="hub id, local folder, .gguf file, or smollm2")]
 
 

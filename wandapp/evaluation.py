@@ -10,7 +10,7 @@ from wandapp.card import refresh_card
 from wandapp.config import PruneConfig
 from wandapp.errors import WandappError
 from wandapp.evaluate import perplexity
-from wandapp.inference import load_either
+from wandapp.inference import fallback_notes, load_either
 from wandapp.report import json_ready, versions
 
 
@@ -27,6 +27,7 @@ class EvalOptions:
     limit: float | None = None
     dtype: str = "auto"
     device: str = "auto"
+    require_sparse: bool = False
 
 
 def evaluate_checkpoint(
@@ -43,7 +44,11 @@ def evaluate_checkpoint(
     if options.tasks:
         evaluate_tasks = _lm_eval()  # before the model is loaded
     on_note(f"loading {reference}")
-    model, tokenizer = load_either(reference, dtype=options.dtype, device=options.device)
+    model, tokenizer = load_either(
+        reference, dtype=options.dtype, device=options.device, require_sparse=options.require_sparse
+    )
+    for note in fallback_notes(model):
+        on_note(note)
     found: dict[str, Any] = {"model": str(reference), "perplexities": [], "tasks": None}
     for text in options.texts:
         on_note(f"perplexity on {text}")

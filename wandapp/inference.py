@@ -13,6 +13,7 @@ from wandapp.kernels import dispatch
 from wandapp.kernels.pack import Packed, join_rows, pack
 from wandapp.models import (
     LoadedModel,
+    call_experts_singly,
     fill_skeleton,
     load_model,
     load_tokenizer,
@@ -23,19 +24,28 @@ from wandapp.models import (
 from wandapp.modules import SparseExperts, SparseLinear, TokenLinear
 from wandapp.packed import PackedCheckpoint, PackedLinear
 from wandapp.pattern import SparsityPattern
+from wandapp.routing import DENSE, TOKENS, RoutingTable, table_for
 from wandapp.saving import remember
 from wandapp.weight_files import is_packed
 
 Pieces = list[tuple[Home, str]]  # the checkpoint's tensors that make up one parameter, by expert and then by row
 
 
-def load_sparse(folder: str | Path, device: str = "cpu", dtype: str | torch.dtype | None = None) -> nn.Module:
+def load_sparse(
+    folder: str | Path,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    require_sparse: bool = False,
+    routes: RoutingTable | None = None,
+) -> nn.Module:
     """The transformers model of a packed checkpoint, in eval mode, its linear maps `SparseLinear`.
 
     The dense model is never built: each tensor is read, checked and put in its place.
 
-    dtype   of weights and activations; None: the checkpoint's own
-    raises  WandappError on anything missing, damaged or not a packed checkpoint
+    dtype                    of weights and activations; None: the checkpoint's own
+    require_sparse, routes   see `route`
+    raises                   WandappError on anything missing, damaged or not a packed checkpoint
     """
     target = resolve_device(device)
     checkpoint = PackedCheckpoint(folder)
@@ -49,7 +59,8 @@ def load_sparse(folder: str | Path, device: str = "cpu", dtype: str | torch.dtyp
         home.name.removesuffix(".weight") + ("" if home.expert is None else f".{home.expert}")
         for home, _ in stored_dense
     }
-    return _made_ready(model.to(target), checkpoint.pattern, names)
+    model = _made_ready(model.to(target), checkpoint.pattern, names)
+    return route(model, routes, require_sparse=require_sparse)
 
 
 def _pieces_by_parameter(model: nn.Module, checkpoint: PackedCheckpoint) -> dict[str, Pieces]:
@@ -171,16 +182,20 @@ def _replace(model: nn.Module, name: str, packed: list[Packed]) -> None:
     transposed = _is_transposed(module)
     if _is_linear(module):
         parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, SparseLinear(packed[0], module.bias, transposed=transposed))
+        setattr(
+            model.get_submodule(parent),
+            child,
+            SparseLinear(packed[0], module.bias, transposed=transposed, trusted=True),
+        )
     else:
         delattr(module, parameter_name)
         setattr(module, parameter_name, SparseExperts.of(packed, transposed=transposed))
 
 
 def _made_ready(model: nn.Module, pattern: SparsityPattern, kept_dense: set[str]) -> nn.Module:
-    """`model`, with experts called one by one: other implementations multiply their 3-D parameter as a whole."""
+    """`model`, after what any packed model needs."""
     if any(isinstance(module, SparseExperts) for module in model.modules()):
-        model.set_experts_implementation("eager")
+        call_experts_singly(model)
     _speed_up_output(model)
     remember(model, pattern, kept_dense)
     return model
@@ -199,9 +214,66 @@ def _speed_up_output(model: nn.Module) -> None:
         output.__class__ = TokenLinear  # keeps a tied weight tied
 
 
-def load_either(reference: str, *, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
+def route(model: nn.Module, table: RoutingTable | None = None, *, require_sparse: bool = False) -> nn.Module:
+    """`model`, each of its packed linear maps with the kernels that `table` has for its shape.
+
+    table           None: on a GPU the machine's own, measured now for the shapes it lacks; on the CPU none is needed
+    require_sparse  refuse a model of which some product would run dense
+    raises          WandappError naming the first such linear map
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    device = next(model.parameters()).device
+    if table is None and device.type == "cuda" and dispatch.forced_backend() is None:
+        table = table_for((module.packed for module in linears.values() if module.scale is None), device)
+    for module in linears.values():
+        module.routes = table if module.scale is None else None  # int8 values have one kernel per device
+    if require_sparse:
+        _require_sparse(model, linears)
+    return model
+
+
+def _require_sparse(model: nn.Module, linears: dict[str, SparseLinear]) -> None:
+    if not linears:
+        raise WandappError(
+            f"{type(model).__name__}: none of its linear maps is packed, and sparse kernels were required"
+        )
+    for name, module in linears.items():
+        dense = [tokens for tokens in TOKENS if (choice := module.route(tokens)) and choice.kernel == DENSE]
+        if dense:
+            raise WandappError(
+                f"{name}: for {dense[0]} tokens the dense product was the fastest here, and sparse kernels were required; "
+                "do without --require-sparse"
+            )
+
+
+def dense_fallbacks(model: nn.Module) -> dict[int, tuple[int, int]]:
+    """For each measured number of tokens at which it happens: (packed linear maps that run dense, all of them)."""
+    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    found: dict[int, tuple[int, int]] = {}
+    for tokens in TOKENS:
+        dense = sum((choice := module.route(tokens)) is not None and choice.kernel == DENSE for module in linears)
+        if dense:
+            found[tokens] = dense, len(linears)
+    return found
+
+
+def fallback_notes(model: nn.Module) -> list[str]:
+    """One line per number of tokens at which packed linear maps run dense, since that was faster here."""
+    return [
+        f"{tokens} tokens: {dense} of {every} packed linear maps run dense, which was measured to be faster here"
+        for tokens, (dense, every) in dense_fallbacks(model).items()
+    ]
+
+
+def load_either(
+    reference: str, *, dtype: str = "auto", device: str = "cpu", require_sparse: bool = False
+) -> LoadedModel:
     """Model and tokenizer of a packed checkpoint, or of anything that `load_model` reads."""
     if not is_packed(reference):
+        if require_sparse:
+            raise WandappError(
+                f"{reference}: no packed checkpoint, and sparse kernels were required; wandapp pack it first"
+            )
         return load_model(reference, dtype=dtype, device=device)
-    model = load_sparse(reference, device, None if dtype == "auto" else dtype)
+    model = load_sparse(reference, device, None if dtype == "auto" else dtype, require_sparse=require_sparse)
     return LoadedModel(model, load_tokenizer(reference), reference)

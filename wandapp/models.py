@@ -26,17 +26,18 @@ from wandapp.conversion import whole_parameters
 from wandapp.errors import WandappError, shorten
 from wandapp.hub import download
 from wandapp.output import output_folder, write_files
-from wandapp.weight_files import FLOATING, checkpoint_files, checkpoint_tensors, refuse_pickles
+from wandapp.weight_files import FLOATING, checkpoint_files, checkpoint_tensors, read_json, refuse_pickles
 
 MAX_SHARD_SIZE = "5GB"  # small enough for every file system and for a download that resumes
 MAX_BUFFER_BYTES = 64 << 20  # of what a model computes from its config; rotary frequencies take a few kilobytes
+MAX_COUNT = 100_000  # layers, heads, experts or labels that a config may ask for
 _RANK_VARIABLES = (("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # which torchrun sets
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 # What the readers of a damaged file raise; anything else is a mistake of ours and keeps its traceback.
 _LOAD_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError, ArithmeticError),
-    *(MemoryError, struct.error, SafetensorError, StrictDataclassError),
+    *(MemoryError, AssertionError, struct.error, SafetensorError, StrictDataclassError),
 )
 
 
@@ -320,6 +321,7 @@ def skeleton(folder: str | Path, *, dtype: torch.dtype | None = None, max_blocks
     max_blocks  a config that asks for more decoder blocks is refused, since each costs memory even without weights
     """
     try:
+        _refuse_large_counts(Path(folder) / "config.json")
         with quiet_transformers():
             config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         blocks = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
@@ -334,11 +336,32 @@ def skeleton(folder: str | Path, *, dtype: torch.dtype | None = None, max_blocks
         raise WandappError(_why_not_loaded(str(folder), error)) from error
 
 
+def _refuse_large_counts(path: Path) -> None:
+    """transformers makes a module per layer or expert, and two dictionary entries per label, before any weight is read."""
+    config = read_json(path, "the model's configuration")
+    fields = list(config.items())
+    fields += [pair for value in config.values() if isinstance(value, dict) for pair in value.items()]
+    for name, value in fields:
+        if re.search("layer|label|expert|block|head", name) and isinstance(value, int) and value > MAX_COUNT:
+            raise WandappError(f"{path}: {name} is {value}, and no model has more than {MAX_COUNT}; check the file")
+
+
 def skeleton_of(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model of a transformers config, in eval mode, with every tensor on the meta device."""
     with quiet_transformers(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
+
+
+def call_experts_singly(model: nn.Module) -> None:
+    """Has transformers run experts one by one: its other ways multiply their 3-D parameter as a whole."""
+    try:
+        model.set_experts_implementation("eager")
+    except (ValueError, RuntimeError) as error:
+        reason = shorten(" ".join(str(error).split()))
+        raise WandappError(
+            f"{type(model).__name__}: its experts cannot run one by one ({reason}); check config.json"
+        ) from None
 
 
 def fill_skeleton(model: nn.Module, folder: str | Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from wandapp.errors import WandappError
 from wandapp.kernels import dispatch
-from wandapp.kernels.pack import Packed, check_packed, unpack
-from wandapp.kernels.sparse_linear import sparse_linear
+from wandapp.kernels.pack import Packed, check_bits, check_packed, unpack
+from wandapp.kernels.sparse_linear import check_call, sparse_linear
+from wandapp.routing import Choice, Kernels, RoutingTable
 
 
 class SparseLinear(nn.Module):
@@ -22,11 +23,16 @@ class SparseLinear(nn.Module):
     checkpoint. For inference: the weight has no gradient.
 
     transposed  the dense model stores this weight as [in, out]
+    trusted     the bits of `packed` are known to fit its values
     """
 
-    def __init__(self, packed: Packed, bias: nn.Parameter | None = None, *, transposed: bool = False):
+    def __init__(
+        self, packed: Packed, bias: nn.Parameter | None = None, *, transposed: bool = False, trusted: bool = False
+    ):
         super().__init__()
         check_packed(packed)
+        if not trusted:
+            check_bits(packed)
         self.out_features, self.in_features = packed.shape
         self.pattern, self.transposed = packed.pattern, transposed
         self.register_buffer("values", packed.values)
@@ -34,6 +40,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("row_offsets", packed.row_offsets)
         self.register_buffer("scale", packed.scale)
         self.register_parameter("bias", bias)
+        self.routes: RoutingTable | None = None  # the device's measured kernels; None: what dispatch chooses
         self._forget()
 
     @property
@@ -58,11 +65,16 @@ class SparseLinear(nn.Module):
     def _checked_forward(self, x: Tensor) -> Tensor:
         """Through the registered operator, which costs 60 us a call: more than the product of a small weight."""
         packed, bias = self.packed, self.bias
-        y = sparse_linear(x, packed, bias)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return sparse_linear(x, packed, bias)
+        check_call(x, packed, bias)
+        if self._is_routed:
+            self._run = kernels = Kernels(self.routes, packed, bias)
+            self.values, self.bitmask = kernels.packed[:2]  # may lie in cuSPARSELt's form now
+        else:
             self._run = _prepared(packed, bias, x.dtype)
-            self._run_values, self._run_bias, self._run_dtype = packed.values, bias, x.dtype
-        return y
+        self._run_values, self._run_bias, self._run_dtype = self._buffers["values"], bias, x.dtype
+        return self._run(x.contiguous())
 
     def _forget(self) -> None:
         """No prepared call: `_run` is what `forward` calls, the others say what it was made for."""
@@ -70,11 +82,17 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self._forget()  # the memory may change
-        scale = self._buffers["scale"]
+        scale, device = self._buffers["scale"], self.values.device
         super()._apply(fn, recurse)
         if scale is not None and self.scale.dtype != scale.dtype:  # model.bfloat16() must not round it
             self.scale = scale.to(self.scale.device)
+        if self.values.device != device:
+            self.routes = None  # they were measured there
         return self
+
+    @property
+    def _is_routed(self) -> bool:
+        return self.routes is not None and dispatch.forced_backend() is None
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -95,10 +113,13 @@ class SparseLinear(nn.Module):
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Weight [out_features, in_features]; of int8 values in `dtype`, None = float32."""
-        return unpack(self.packed, dtype=None if self.scale is None else dtype)
+        return unpack(self.packed, dtype=None if self.scale is None else dtype, trusted=True)
 
     def kernel(self, tokens: int) -> str:
         """Name of what multiplies that many tokens here."""
+        choice = self.route(tokens)
+        if choice:
+            return choice.kernel
         backend = dispatch.choose("sparse_linear", self.values.device.type)
         if backend != "cpu":
             return backend
@@ -111,6 +132,10 @@ class SparseLinear(nn.Module):
         if tokens > MAX_PACKED_TOKENS:
             return "panels unpacked, dense product"
         return f"packed, {isa}" if self.scale is None else f"packed int8, {isa}"
+
+    def route(self, tokens: int) -> Choice | None:
+        """What the table of measured kernels says; None where there is no table or a backend is forced."""
+        return self.routes.choice(self.packed, tokens) if self._is_routed else None
 
     def extra_repr(self) -> str:
         pattern = "unstructured" if self.pattern is None else "{}:{}".format(*self.pattern)
@@ -137,7 +162,7 @@ class SparseExperts(nn.ModuleList):
 
     @classmethod
     def of(cls, weights: list[Packed], *, transposed: bool) -> "SparseExperts":
-        return cls(SparseLinear(packed, transposed=transposed) for packed in weights)
+        return cls(SparseLinear(packed, transposed=transposed, trusted=True) for packed in weights)
 
 
 class TokenLinear(nn.Linear):

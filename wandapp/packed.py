@@ -14,22 +14,23 @@ its values before a kernel sees it. `wandapp.packing` writes.
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import numpy
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from wandapp.blocks import LinearView
 from wandapp.errors import WandappError
-from wandapp.kernels.pack import Packed, unpack
+from wandapp.kernels.pack import Packed, bitmask_fault, unpack
 from wandapp.pattern import SparsityPattern
 from wandapp.weight_files import DTYPES, PACKED_MANIFEST, TensorFiles
 
 FORMAT = "wandapp-packed"
 VERSIONS = {"same": 1, "int8": 2}  # by storage of the linear maps: who reads version 1 alone reads all but int8
-MAX_MANIFEST_BYTES = 32 << 20
+MAX_MANIFEST_BYTES = 16 << 20  # 256 experts in each of 60 blocks take 10 MB
+
+Name = Annotated[str, Field(pattern=r"^[!-~]{1,300}$")]  # what tensors are called: it appears in messages
 
 
 class PackedLinear(BaseModel):
@@ -45,8 +46,8 @@ class PackedLinear(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    name: str
-    tensor: str
+    name: Name
+    tensor: Name
     shape: tuple[int, int]
     dtype: Literal["float32", "bfloat16", "float16"]
     transposed: bool = False
@@ -66,10 +67,10 @@ class Manifest(BaseModel):
 
     format: Literal[FORMAT]
     version: Literal[1, 2]
-    pattern: str
-    files: list[str]
+    pattern: Name
+    files: list[Name]
     linears: list[PackedLinear]
-    dense: list[str]
+    dense: list[Name]
 
     @model_validator(mode="after")
     def _storage_needs_its_version(self) -> "Manifest":
@@ -89,6 +90,7 @@ class PackedCheckpoint:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        _refuse_special_files(self.folder)
         manifest = _read_manifest(self.folder / PACKED_MANIFEST)
         self.pattern = SparsityPattern.parse(manifest.pattern)
         self.files = TensorFiles(self._path_of(name) for name in manifest.files)
@@ -117,7 +119,10 @@ class PackedCheckpoint:
         linears = sorted(self.tensors[name], key=lambda linear: linear.index or 0)
         if not linears:
             return self.files.read(name)
-        weights = [unpack(self.read_linear(linear.name), dtype=getattr(torch, linear.dtype)) for linear in linears]
+        weights = [
+            unpack(self.read_linear(linear.name), dtype=getattr(torch, linear.dtype), trusted=True)
+            for linear in linears
+        ]
         stored = [weight.T if linears[0].transposed else weight for weight in weights]
         return stored[0].contiguous() if linears[0].index is None else torch.stack(stored)
 
@@ -129,7 +134,7 @@ class PackedCheckpoint:
             raise WandappError(f"{self.folder}: {tensor} is {list(stored)}, config.json asks for {list(expected)}")
         if not linears:
             return view.of(self.files.read(tensor))
-        weight = unpack(self.read_linear(linears[0].name))
+        weight = unpack(self.read_linear(linears[0].name), trusted=True)
         return weight if linears[0].transposed == view.transposed else weight.T
 
     def shape_of(self, tensor: str) -> tuple[int, ...]:
@@ -204,6 +209,15 @@ class PackedCheckpoint:
                 raise WandappError(f"{self.folder}: {part} must be {dtype} {size}, got {found} {list(shape)}")
 
 
+def _refuse_special_files(folder: Path) -> None:
+    """Reading a pipe or a device may never end, whichever of config, tokenizer and weights it takes the place of."""
+    for path in [*folder.glob("*"), *(folder / "wandapp").glob("*")]:
+        if not path.is_file() and not path.is_dir():
+            raise WandappError(
+                f"{path}: neither a file nor a folder (or a link to nothing); fetch the checkpoint again"
+            )
+
+
 def _read_manifest(path: Path) -> Manifest:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
@@ -219,24 +233,6 @@ def _read_manifest(path: Path) -> Manifest:
         raise WandappError(f"{path}: {place}: {first['msg'].lower()[:200]}; fetch or pack it again") from None
 
 
-def bitmask_fault(packed: Packed) -> str | None:
-    """Why the bits of `packed` do not fit its values and row offsets, or None. Sizes are checked elsewhere."""
-    bitmask = packed.bitmask.numpy()
-    rows, cols = packed.shape
-    if cols % 8 and (bitmask[:, -1] >> (cols % 8)).any():
-        return f"the bitmask has bits beyond column {cols - 1}"
-    if packed.pattern is not None:
-        n, m = packed.pattern
-        return None if _holds_exactly(bitmask, cols, n, m) else f"the bitmask does not keep {n} of every {m} columns"
-    offsets = packed.row_offsets.numpy()
-    kept = numpy.bitwise_count(bitmask).sum(1, dtype=numpy.int64)
-    if offsets[0] != 0 or not numpy.array_equal(offsets[1:], kept.cumsum()):
-        return "the row offsets do not count the bits of the bitmask"
-    if offsets[-1] != len(packed.values):
-        return f"the bitmask has {offsets[-1]} bits for {len(packed.values)} values"
-    return None
-
-
 def scale_fault(packed: Packed) -> str | None:
     """Why scale and int8 values are none that packing writes, or None."""
     if packed.scale is None:
@@ -244,15 +240,3 @@ def scale_fault(packed: Packed) -> str | None:
     if not bool((packed.scale.isfinite() & (packed.scale >= 0)).all()):
         return "a scale is negative or not finite"
     return "a value is -128, which the storage never holds" if bool((packed.values == -128).any()) else None
-
-
-def _holds_exactly(bitmask: numpy.ndarray, cols: int, n: int, m: int) -> bool:
-    """Whether every m consecutive columns have n bits."""
-    if 8 % m == 0 and cols % 8 == 0:
-        group = 0xFF >> (8 - m)
-        return all((numpy.bitwise_count(bitmask >> shift & group) == n).all() for shift in range(0, 8, m))
-    if m % 8 == 0:
-        counts = numpy.bitwise_count(bitmask).reshape(len(bitmask), -1, m // 8)
-    else:
-        counts = numpy.unpackbits(bitmask, axis=1, count=cols, bitorder="little").reshape(len(bitmask), -1, m)
-    return bool((counts.sum(-1, dtype=numpy.int64) == n).all())

@@ -104,7 +104,7 @@ def pack_checkpoint(
     files = checkpoint_tensors(source)
     model = skeleton(source, max_blocks=len(files.infos))
     with output_folder(out, overwrite) as partial:
-        _copy_companions(source, partial)
+        copy_companions(source, partial)
         add_recipe(partial, pattern, skip)
         return write_packed(partial, model, files, pattern, skip, source, storage, on_progress)
 
@@ -340,7 +340,7 @@ def add_recipe(folder: Path, pattern: SparsityPattern, skip: tuple[str, ...]) ->
         recipe.write_text(json.dumps({"sparsity": str(pattern), "skip": list(skip)}) + "\n", encoding="utf-8")
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
     """Copies config, tokenizer, recipe and whatever else is no weight file."""
     for path in sorted([*source.iterdir(), *(source / "wandapp").glob("*")]):
         place = path.relative_to(source)
@@ -368,7 +368,7 @@ def unpack_checkpoint(
     for tensor in checkpoint.tensors:
         groups.setdefault(checkpoint.path_of_tensor(tensor), []).append(tensor)
     with output_folder(out, overwrite) as partial:
-        _copy_companions(checkpoint.folder, partial)
+        copy_companions(checkpoint.folder, partial)
         shards = [_unpacked_group(groups[path], checkpoint, summary) for path in sorted(groups)]
         files = write_shards(partial, "model", shards, on_progress)
         write_dense_index(partial, files, summary.dense_bytes)

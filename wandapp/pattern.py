@@ -35,7 +35,7 @@ class SparsityPattern:
         if isinstance(text, SparsityPattern):
             return text
         compact = re.sub(r"\s", "", str(text))
-        if nm := re.fullmatch(r"(\d+):(\d+)", compact):
+        if nm := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", compact):
             return cls._structured(int(nm[1]), int(nm[2]))
         try:
             fraction = float(compact[:-1]) / 100 if compact.endswith("%") else float(compact)

@@ -22,7 +22,14 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _INDEX = "model.safetensors.index.json"
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16},
-    **{"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
+    **{
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    },
 }
 FLOATING = ("F64", "F32", "BF16", "F16")
 
@@ -48,6 +55,8 @@ class TensorFiles:
         for path in paths:
             with _readable(path), safe_open(path, framework="pt") as file:  # the header must describe the file's bytes
                 for name in file.keys():
+                    if not re.fullmatch("[!-~]{1,300}", name):
+                        raise WandappError(f"{path}: a tensor is named {name[:80]!r}; names are printable ASCII")
                     if name in self.infos:
                         raise WandappError(
                             f"{path}: the tensor {shorten(name)} is also in {self.infos[name].path.name}"

@@ -8,6 +8,7 @@ from torch import Tensor
 from wandapp.errors import BackendUnavailableError, TooManyNonZerosError
 from wandapp.kernels import dispatch
 from wandapp.kernels.checks import WEIGHT_DTYPES, check_group, check_matrix, require, unit_column_stride
+from wandapp.kernels.pack.bits import bitmask_fault
 
 
 class Packed(NamedTuple):
@@ -57,13 +58,18 @@ def pack(weight: Tensor, *, n: int | None = None, m: int | None = None, backend:
     return Packed(values, bitmask, row_offsets if n is None else None, tuple(weight.shape), pattern)
 
 
-def unpack(packed: Packed, *, dtype: torch.dtype | None = None, backend: str | None = None) -> Tensor:
+def unpack(
+    packed: Packed, *, dtype: torch.dtype | None = None, backend: str | None = None, trusted: bool = False
+) -> Tensor:
     """Dense weight [rows, cols] of a packed one, bit-equal to what was packed; of int8 values scale * value.
 
-    dtype   of the result where the values are int8, None = float32; otherwise it is the values' own
-    raises  WandappError when the parts of `packed` do not fit each other
+    dtype    of the result where the values are int8, None = float32; otherwise it is the values' own
+    trusted  its bits are known to fit its values
+    raises   WandappError when the parts of `packed` do not fit each other
     """
     check_packed(packed)
+    if not trusted:
+        check_bits(packed)
     own = torch.float32 if packed.scale is not None else packed.values.dtype
     dtype = dtype or own
     require(dtype in WEIGHT_DTYPES, f"a weight is float32, bfloat16 or float16, got {dtype}")
@@ -73,8 +79,14 @@ def unpack(packed: Packed, *, dtype: torch.dtype | None = None, backend: str | N
     return _unpack(packed.values, packed.bitmask, packed.row_offsets, packed.scale, rows, cols, n, m, dtype, backend)
 
 
+def check_bits(packed: Packed) -> None:
+    """The bits of `packed` fit its values; on a GPU that is taken on trust, where looking would need the CPU."""
+    fault = bitmask_fault(packed) if packed.bitmask.device.type == "cpu" else None
+    require(fault is None, f"a packed weight of shape {list(packed.shape)} does not fit together: {fault}")
+
+
 def check_packed(packed: Packed) -> None:
-    """The parts of `packed` fit each other in shape and dtype; the bits are trusted."""
+    """The parts of `packed` fit each other in shape and dtype; the bits are trusted (see `check_bits`)."""
     rows, cols = packed.shape
     values, bitmask, row_offsets, scale = packed.parts
     require(

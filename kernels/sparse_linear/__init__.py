@@ -19,6 +19,19 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, back
     returns  [..., out_features] in the same dtype
     raises   WandappError on a shape, dtype or device error
     """
+    check_call(x, packed, bias)
+    bias = None if bias is None else bias.contiguous()
+    n, m = packed.pattern or (None, None)
+    out_features, in_features = packed.shape
+    leading = x.shape[:-1]
+    tokens = x.reshape(leading.numel(), in_features).contiguous()
+    parts = (packed.values, packed.bitmask, packed.row_offsets, packed.scale)
+    y = _sparse_linear(tokens, *parts, bias, out_features, in_features, n, m, backend)
+    return y.view(*leading, out_features)
+
+
+def check_call(x: Tensor, packed: Packed, bias: Tensor | None) -> None:
+    """Raises WandappError unless x, packed and bias fit each other."""
     check_packed(packed)
     out_features, in_features = packed.shape
     values = packed.values
@@ -33,13 +46,6 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, back
             tuple(bias.shape) == (out_features,) and bias.dtype == x.dtype and bias.device == values.device,
             f"bias must be {x.dtype} [{out_features}] on {values.device}, got {bias.dtype} {list(bias.shape)}",
         )
-        bias = bias.contiguous()
-    n, m = packed.pattern or (None, None)
-    leading = x.shape[:-1]
-    tokens = x.reshape(leading.numel(), in_features).contiguous()
-    parts = (values, packed.bitmask, packed.row_offsets, packed.scale)
-    y = _sparse_linear(tokens, *parts, bias, out_features, in_features, n, m, backend)
-    return y.view(*leading, out_features)
 
 
 @torch.library.custom_op("wandapp::sparse_linear", mutates_args=())

@@ -59,8 +59,36 @@ def cusparselt_blob(packed: Packed) -> Tensor:
     rows, cols = packed.shape
     dtype, device = packed.values.dtype, packed.values.device
     if rows % 128 or cols % 128 or not knows_cusparselt_order(device, dtype):
-        return torch._cslt_compress(unpack(packed))
+        return torch._cslt_compress(unpack(packed, trusted=True))
     return ordered_blob(packed)
+
+
+def share_with_blob(packed: Packed) -> tuple[Packed, Tensor]:
+    """cuSPARSELt's form of a weight, and the same weight with its values lying in there where the library lets them be.
+
+    Both together then take 10/16 of the dense 16-bit weight. Where the library keeps values otherwise than row by row,
+    which no one promises, the weight comes back as it was and the two together take 18/16.
+    """
+    blob = cusparselt_blob(packed)
+    ordered = torch_ordered(packed)
+    values = blob.flatten()[: ordered.values.numel()].view_as(ordered.values)
+    shares = torch.equal(values.view(torch.int16), ordered.values.view(torch.int16))
+    return (ordered._replace(values=values) if shares else packed), blob
+
+
+def cusparselt_obstacle(packed: Packed) -> str:
+    """Why cuSPARSELt cannot multiply this weight; empty when it can."""
+    rows, cols = packed.shape
+    if not (packed.values.is_cuda and torch.backends.cusparselt.is_available()):
+        return "it needs a GPU and a torch with cuSPARSELt"
+    limits = SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS[torch.float16]
+    fits = rows % limits.sparse_min_rows == 0 and cols % limits.sparse_min_cols == 0
+    if packed.pattern != (2, 4) or packed.values.element_size() != 2 or not fits:
+        return (
+            f"it takes 2:4 weights of 16 bits with rows divisible by {limits.sparse_min_rows} and columns by "
+            f"{limits.sparse_min_cols}"
+        )
+    return ""
 
 
 def ordered_blob(packed: Packed) -> Tensor:
@@ -89,16 +117,15 @@ def _probe(device: torch.device, dtype: torch.dtype, capability: tuple[int, int]
     return True
 
 
-def values_and_words(packed: Packed) -> tuple[Tensor, Tensor]:
-    """Values [rows, cols / 2] and metadata int16 [rows, cols / 16] in plain order, by torch's rule for empty places.
+def torch_ordered(packed: Packed) -> Packed:
+    """The same 2:4 weight, by torch's rule for empty places.
 
     The packed form fills a group of fewer than two non-zeros from the lowest column, torch's converters otherwise, so
     such groups are written anew: each place of the new pair takes the value that stands at that column, or zero.
     """
     rows, cols = packed.shape
     tables = torch.tensor([PAIR_OF_MASK, TORCH_PAIR], dtype=torch.uint8, device=packed.values.device)
-    masks = torch.stack([packed.bitmask & 15, packed.bitmask >> 4], dim=-1).flatten(1)[:, : cols // 4]
-    old = tables[0][masks.int()]  # [rows, groups]
+    old = tables[0][_nibbles(packed.bitmask, cols).int()]  # [rows, groups]
     first, second = packed.values.view(rows, cols // 4, 2).unbind(-1)
     nonzero = (first != 0).to(torch.uint8) << (old & 3) | (second != 0).to(torch.uint8) << (old >> 2)
     new = tables[1][nonzero.int()]
@@ -107,9 +134,25 @@ def values_and_words(packed: Packed) -> tuple[Tensor, Tensor]:
         torch.where(column == old & 3, first, torch.where(column == old >> 2, second, zero))
         for column in (new & 3, new >> 2)
     ]
-    nibbles = new.view(rows, cols // 16, 4).int()
+    masks = torch.ones_like(new) << (new & 3) | torch.ones_like(new) << (new >> 2)
+    masks = torch.nn.functional.pad(masks, (0, masks.shape[1] % 2))
+    bitmask = masks[:, ::2] | masks[:, 1::2] << 4
+    return packed._replace(values=torch.stack(places, dim=-1).view(rows, cols // 2), bitmask=bitmask)
+
+
+def values_and_words(packed: Packed) -> tuple[Tensor, Tensor]:
+    """Values [rows, cols / 2] and metadata int16 [rows, cols / 16] in plain order, by torch's rule for empty places."""
+    rows, cols = packed.shape
+    ordered = torch_ordered(packed)
+    pairs = torch.tensor(PAIR_OF_MASK, dtype=torch.int32, device=ordered.values.device)
+    nibbles = pairs[_nibbles(ordered.bitmask, cols).int()].view(rows, cols // 16, 4)
     words = nibbles[..., 0] | nibbles[..., 1] << 4 | nibbles[..., 2] << 8 | nibbles[..., 3] << 12
-    return torch.stack(places, dim=-1).view(rows, cols // 2), words.to(torch.int16)
+    return ordered.values, words.to(torch.int16)
+
+
+def _nibbles(bitmask: Tensor, cols: int) -> Tensor:
+    """The mask of each group of four columns, uint8 [rows, cols / 4]."""
+    return torch.stack([bitmask & 15, bitmask >> 4], dim=-1).flatten(1)[:, : cols // 4]
 
 
 def tiled(words: Tensor) -> Tensor:
