@@ -2,8 +2,9 @@
 
     python benchmarks/bench_distributed.py --model smollm2 --samples 16 --seq-len 512 --ranks 1 2
 
-The ceiling of N ranks is N times the speed of one: a dense pass and a pruned pass are shared out, while scores, selection
-and checks are repeated by every rank and statistics travel over loopback. Model loading is not counted.
+Ceiling: N ranks take 1/N of the time of one. The forwards are shared out; scores, selection and checks are repeated by
+every rank, and statistics travel over loopback. Model loading is not counted. CPU seconds are those of the busiest rank:
+on a machine that does other work meanwhile, they tell what the ranks would take on cores of their own.
 """
 
 import argparse
@@ -12,21 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
-
-PINNED = 'exec taskset -c "$LOCAL_RANK" "$0" -m wandapp "$@"'
-
-
-def run(ranks: int, arguments: list[str]) -> dict:
-    """The report of one job whose rank r runs on core r."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--no-python"]
-    command = [*launcher, "bash", "-c", PINNED, sys.executable, "prune", *arguments, "--json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+import time
 
 
 def main() -> None:
@@ -37,56 +24,64 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--calibration", default="pydoc")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker:
+        return work(options)
     cores = len(os.sched_getaffinity(0))
     if max(options.ranks) > cores:
         sys.exit(f"--ranks {max(options.ranks)}: this machine has {cores} cores, and each rank needs one")
-    print(
-        f"{platform.processor() or platform.machine()}, {cores} cores; {options.model} {options.method} 2:4, "
-        f"{options.samples} samples x {options.seq_len} tokens"
-    )
-    print(
-        f"{'ranks':>5} {'seconds':>8} {'prune':>8} {'forward':>8} {'speed':>6} {'efficiency':>10}  of a matmul on all cores"
-    )
-    results = {}
-    for ranks in options.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            report = run(
-                ranks,
-                [
-                    options.model,
-                    "--method",
-                    options.method,
-                    "--samples",
-                    str(options.samples),
-                    "--seq-len",
-                    str(options.seq_len),
-                    "--calibration",
-                    options.calibration,
-                    "--out",
-                    str(Path(folder) / "out"),
-                ],
-            )
-        results[ranks] = report["seconds"]
-        speed = results[options.ranks[0]] / report["seconds"]
-        phases = report["seconds_by_phase"]
+    print(f"{platform.processor() or platform.machine()}, {cores} cores, busy: {os.getloadavg()[0]:.1f} of {cores}")
+    print(f"{options.model} {options.method} 2:4, {options.samples} samples x {options.seq_len} tokens")
+    print(f"{'ranks':>5} {'seconds':>8} {'ratio':>6} {'CPU s':>7} {'ratio':>6} {'of ceiling':>10}")
+    figures = {ranks: launch(ranks) for ranks in options.ranks}
+    first = figures[options.ranks[0]]
+    for ranks, found in figures.items():
+        wall, cpu = (found[key] / first[key] for key in ("seconds", "cpu_seconds"))
         print(
-            f"{ranks:>5} {report['seconds']:>8.1f} {phases['prune']:>8.1f} {phases['forward']:>8.1f} {speed:>6.2f} "
-            f"{speed / ranks * options.ranks[0]:>10.1%}  {report['achieved_gflops'] / report['matmul_gflops']:.0%} of "
-            f"{report['matmul_gflops']:.0f} GFLOP/s",
-            flush=True,
+            f"{ranks:>5} {found['seconds']:>8.1f} {wall:>6.2f} {found['cpu_seconds']:>7.1f} {cpu:>6.2f} "
+            f"{options.ranks[0] / ranks / cpu:>10.0%}"
         )
-    print(
-        json.dumps(
-            {
-                "model": options.model,
-                "method": options.method,
-                "samples": options.samples,
-                "seq_len": options.seq_len,
-                "seconds": results,
-            }
+    print(json.dumps({**vars(options), "figures": figures}))
+
+
+def launch(ranks: int) -> dict[str, float]:
+    """What rank 0 of `ranks` workers measured."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *sys.argv, "--worker"], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def work(options: argparse.Namespace) -> None:
+    """One rank: prunes, and tells seconds and the CPU seconds of the busiest rank."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(os.environ["LOCAL_RANK"])]})
+    import torch
+
+    import wandapp
+    from wandapp.distributed import join
+    from wandapp.report import MachineRate
+
+    MachineRate.sample = lambda self, repeats=2: None  # its products would count
+    with join(torch.device("cpu")) as ranks:
+        model, tokenizer = wandapp.load_model(options.model)
+        ranks.gather(None)
+        wall, cpu = time.perf_counter(), time.process_time()
+        wandapp.prune(
+            model,
+            tokenizer,
+            method=options.method,
+            calibration=options.calibration,
+            samples=options.samples,
+            seq_len=options.seq_len,
+            device="cpu",
+            ranks=ranks,
         )
-    )
+        busy = max(ranks.gather(time.process_time() - cpu))
+        if ranks.is_first:
+            print(json.dumps({"seconds": time.perf_counter() - wall, "cpu_seconds": busy}))
 
 
 if __name__ == "__main__":
