@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from wandapp import distributed
+from wandapp.blocks import DecoderBlock
 from wandapp.distributed import Share, even_counts
 from wandapp.errors import WandappError
 from wandapp.methods.wanda import Wanda
 from wandapp.models import resolve_device
-from wandapp.pipeline import prune
+from wandapp.pipeline import checksum, prune
 from wandapp.report import MachineRate
 
 _SPEC = importlib.util.spec_from_file_location("wandapp_tests_ranks", Path(__file__).with_name("ranks.py"))
@@ -113,19 +114,44 @@ def test_experts_that_one_rank_alone_met_are_pruned_by_its_tokens(tiny_model, tm
         assert set(report.blocks[0].layer_errors) == set(alone[method][1].blocks[0].layer_errors)
 
 
-def test_regional_optimisation_moves_all_ranks_alike(tiny_model, tmp_path):
-    """Ranks draw 2 + 1 + 1 of their samples, so the last step is of one rank alone."""
+@pytest.mark.parametrize("method", ["wanda+ro", "wanda++", "wanda+reconstruct"])
+def test_refiners_move_all_ranks_alike(tiny_model, tmp_path, method):
+    """RO draws 2 + 1 + 1 of the ranks' samples, so its last step is of one rank alone; batches of five samples are uneven."""
     model = tiny_model("gpt2", num_hidden_layers=2)[0]
-    options = dict(ro_rounds=2, ro_samples=4, sparsity="2:4")
-    alone = pruned(model, ["wanda", "wanda++"], 5, **options)
-    ended = harness.run_ranks(3, lambda ranks: pruned(model, ["wanda++"], 5, ranks, **options), tmp_path)
+    options = dict(ro_rounds=2, ro_samples=4, reconstruct_passes=2, sparsity="2:4")
+    alone = pruned(model, ["wanda", method], 5, **options)
+    ended = harness.run_ranks(3, lambda ranks: pruned(model, [method], 5, ranks, **options), tmp_path)
     assert [end.code for end in ended] == [0] * 3, ended[0].printed
-    first, report = ended[0].result["wanda++"]
+    first, report = ended[0].result[method]
     for end in ended[1:]:
-        assert all(torch.equal(value, first[name]) for name, value in end.result["wanda++"][0].items())
-    for block, refined, plain in zip(report.blocks, alone["wanda++"][1].blocks, alone["wanda"][1].blocks, strict=True):
+        assert all(torch.equal(value, first[name]) for name, value in end.result[method][0].items())
+    plain = alone["wanda"][1].blocks
+    for block, refined, before in zip(report.blocks, alone[method][1].blocks, plain, strict=True):
         assert block.error < block.error_before
-        assert block.error - refined.error < 0.5 * (plain.error - refined.error)
+        assert block.error - refined.error < 0.5 * (before.error - refined.error)
+
+
+@pytest.mark.parametrize("samples", [5, 9])
+def test_reconstruction_takes_as_many_steps_on_every_rank(tiny_model, tmp_path, samples):
+    """Ranks of three and two samples (five and four) step together; a rank that waited for a step of its own would hang."""
+    model = tiny_model("llama", num_hidden_layers=1)[0]
+    options = dict(reconstruct_passes=1, sparsity="2:4", batch_size=3)
+    ended = harness.run_ranks(
+        2, lambda ranks: pruned(model, ["wanda+reconstruct"], samples, ranks, **options), tmp_path, timeout=30
+    )
+    assert [end.code for end in ended] == [0] * 2, ended[0].printed
+
+
+def test_checksum_tells_any_parameter_apart(tiny_model):
+    block = tiny_model("mixtral")[0].to(torch.bfloat16).model.layers[0]
+    shown = DecoderBlock(0, "block", block, {}, {}, {})
+    seen = {checksum(shown)}
+    for parameter in block.parameters():
+        parameter.data.view(-1)[3] += 0.5
+        seen.add(checksum(shown))
+        parameter.data.view(-1)[[0, 1]] = parameter.data.view(-1)[[1, 0]]
+        seen.add(checksum(shown))
+    assert len(seen) == 1 + 2 * len(list(block.parameters()))
 
 
 def fail_on(rank: int, act):

@@ -68,8 +68,8 @@ def prune_store(
     method = methods.create(config, ranks)
     calibrated = ranks.first(lambda: _calibrate(calibration, tokenizer, config, model))
     tokens = calibrated.tokens if method.reads_samples else calibrated.tokens[:1]  # others only probe the error
-    own = len(range(len(tokens))[ranks.deal(len(tokens))])
-    batch_size = min(config.batch_size or auto_batch_size(device, tokens), max(own, 1))
+    # One size for all ranks, whatever each one's number of samples: refiners step through batches together.
+    batch_size = min(config.batch_size or auto_batch_size(device, tokens), max(1, len(tokens) // ranks.size))
     report = PruneReport(
         method=config.method,
         pattern=str(config.pattern),
@@ -145,12 +145,13 @@ def _prune_block(block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern, 
 
 
 def checksum(block: DecoderBlock) -> str:
-    """sha256 over the sums of the bits of every row and column of its linear maps: tells differing weights apart."""
+    """sha256 over the sums of the bits of every row and column of its parameters: tells differing weights apart."""
     digest = hashlib.sha256()
-    for view in block.linears.values():
-        bits = view.weight.view(torch.int32 if view.weight.itemsize == 4 else torch.int16)
-        for dim in (0, 1):
-            digest.update(bits.sum(dim=dim, dtype=torch.int64).cpu().numpy().tobytes())
+    for parameter in block.module.parameters():
+        bits = parameter.data.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.itemsize])
+        sums = [bits.sum(dim=dim, dtype=torch.int64) for dim in range(bits.dim())] if bits.dim() > 1 else [bits]
+        for values in sums:
+            digest.update(values.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
