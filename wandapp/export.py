@@ -26,6 +26,7 @@ from wandapp.conversion import tensor_homes
 from wandapp.errors import WandappError
 from wandapp.kernels.semi_structured import cutlass_layout
 from wandapp.models import fill_skeleton, resolve_device, resolve_dtype, skeleton
+from wandapp.output import output_folder
 from wandapp.packed import PackedCheckpoint
 from wandapp.packing import Progress, copy_companions, pack_checkpoint, write_dense_index, write_shards
 from wandapp.weight_files import TensorFiles, is_packed
