@@ -586,7 +586,69 @@ GGUFS = {
     "a .gguf that is a folder": (folder_instead("bad.gguf"), f"prune bad.gguf --out out {PYDOC}", "bad.gguf"),
     "a .gguf that links to itself": (link("bad.gguf", "bad.gguf"), f"prune bad.gguf --out out {PYDOC}", "bad.gguf"),
 }
-CASES = WEIGHTS | CONFIGS | TOKENIZERS | TEXTS | RECIPES | OUTPUTS | PACKED | GGUFS
+SWEEP = "sweep sweep.yaml"
+SWEEPS = {
+    "no sweep file": (lambda: None, SWEEP, "sweep.yaml: the sweep cannot be read"),
+    "a sweep without out": (write("sweep.yaml", "models: [tiny]\n"), SWEEP, "needs out"),
+    "a sweep without models": (write("sweep.yaml", "out: runs\n"), SWEEP, "needs models"),
+    "a sweep with an unknown key": (
+        write("sweep.yaml", "out: runs\nmodels: [tiny]\nmetods: [wanda]\n"),
+        SWEEP,
+        "did you mean 'methods'?",
+    ),
+    "a sweep of an unknown method": (
+        write("sweep.yaml", "out: runs\nmodels: [tiny]\nmethods: [wanda, wnda]\n"),
+        SWEEP,
+        "did you mean 'wanda'?",
+    ),
+    "a sweep of a bad pattern": (
+        write("sweep.yaml", "out: runs\nmodels: [tiny]\npatterns: ['2:4', '4:2']\n"),
+        SWEEP,
+        "0 < n < m, got 4:2",
+    ),
+    "a sweep that says a thing twice": (
+        write("sweep.yaml", "out: runs\nmodels: [tiny]\nmodel: tiny\n"),
+        SWEEP,
+        "is given twice",
+    ),
+    "a sweep of no seeds": (write("sweep.yaml", "out: runs\nmodels: [tiny]\nseeds: []\n"), SWEEP, "an empty list"),
+    "a sweep without bounds": (
+        write(
+            "sweep.yaml",
+            "out: r\nmodels: [a]\n" + "".join(f"{k}: {list(range(99))}\n" for k in ("seeds", "alpha", "samples")),
+        ),
+        SWEEP,
+        "a sweep has at most",
+    ),
+    "a sweep that excludes nothing": (
+        write("sweep.yaml", "out: runs\nmodels: [tiny]\nexclude: [{seed: 7}]\n"),
+        SWEEP,
+        "matches no job",
+    ),
+    "a sweep that excludes everything": (
+        write("sweep.yaml", "out: runs\nmodels: [tiny]\nexclude: [{seed: 0}]\n"),
+        SWEEP,
+        "no job is left",
+    ),
+    "a sweep that excludes by a list": (
+        write("sweep.yaml", "out: runs\nmodels: [tiny]\nexclude: [wanda]\n"),
+        SWEEP,
+        "exclude",
+    ),
+    "a sweep with an unknown evaluation": (
+        write("sweep.yaml", "out: runs\nmodels: [tiny]\nevaluate: {txt: pydoc}\n"),
+        SWEEP,
+        "did you mean 'text'?",
+    ),
+    "a sweep with its own output": (
+        write("sweep.yaml", "out: runs\nmodels: [tiny]\noverwrite: true\n"),
+        SWEEP,
+        "overwrite cannot be set in a sweep",
+    ),
+    "a sweep of aliases": (write("sweep.yaml", f"{LOL}out: *a9\n"), SWEEP, "alias"),
+    "a job that does not exist": (write("sweep.yaml", "out: runs\nmodels: [tiny]\n"), f"{SWEEP} --job 7", "job 7"),
+}
+CASES = SWEEPS | WEIGHTS | CONFIGS | TOKENIZERS | TEXTS | RECIPES | OUTPUTS | PACKED | GGUFS
 
 
 @pytest.fixture

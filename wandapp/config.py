@@ -96,6 +96,9 @@ class PruneConfig(Options):
         description="+reconstruct: squared error of the outputs as they are, or each token's by its target's RMS",
     )
     gblm_norm: Literal["l2", "l1"] = Field("l2", description="how gblm joins gradients of samples (arXiv:2311.04902)")
+    gblm_cache: str | None = Field(
+        None, description="folder where gblm keeps the dense model's gradients for runs with other patterns"
+    )
     damping: float = Field(
         0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of its mean (arXiv:2301.00774)"
     )

@@ -37,8 +37,12 @@ from wandapp.yaml_file import read_mapping
 PLURALS = {"models": "model", "methods": "method", "patterns": "sparsity", "seeds": "seed"}
 MAX_JOBS = 100_000
 _DENSE = ("dtype", "device", "model")  # what the dense model's perplexity depends on
-_NO_RESULT = {"out", "overwrite", "save_calibration"}  # what no result depends on
-_NOT_HERE = {"overwrite": "a job that is done is left alone", "save_calibration": "jobs share their tokens already"}
+_NO_RESULT = {"out", "overwrite", "save_calibration", "gblm_cache"}  # what no result depends on
+_NOT_HERE = {
+    "overwrite": "a job that is done is left alone",
+    "save_calibration": "jobs share their tokens already",
+    "gblm_cache": "jobs share their gradients already",
+}
 
 
 class Evaluation(Options):
@@ -106,7 +110,7 @@ class Sweep:
             raise WandappError(f"{path}: {error}") from None
         self.out = Path(self.options.out)
         self.results = Results(self.out / "results.jsonl")
-        self.sharers = Counter(calibration_key(job.recipe) for job in self.jobs if not job.is_dense)
+        self.sharers = Counter(key for job in self.jobs if not job.is_dense for key in shared_keys(job.recipe))
 
     def _jobs(self) -> list[Job]:
         from wandapp import methods
@@ -169,7 +173,7 @@ def _axes(mapping: dict[str, Any]) -> dict[str, list]:
             valid = [*SweepOptions.model_fields, *PLURALS, *(set(PruneConfig.model_fields) - _NOT_HERE.keys())]
             raise WandappError(f"key {shorten(key)!r} does not exist; {nearest(key, valid)}")
         if name in axes:
-            raise WandappError(f"{key} and {name} say the same thing; give one of them")
+            raise WandappError(f"{key}: {name} is given twice, once under its other name; keep one of them")
         is_axis = isinstance(value, list) and (name != "skip" or all(isinstance(one, list) for one in value))
         axes[name] = value if is_axis else [value]
         if not axes[name]:
@@ -207,6 +211,12 @@ def _hash(value: Any) -> str:
 def _slug(text: str) -> str:
     """Fit for a file name: sw/a:b -> a-b."""
     return re.sub(r"[^\w.+=-]+", "-", text.replace(":", "of")).strip("-.")[-120:]
+
+
+def shared_keys(recipe: PruneConfig) -> list[str]:
+    """Hashes of what a job may share: its calibration tokens, and for gblm the dense model's gradients on them."""
+    key = calibration_key(recipe)
+    return [key, f"gradients {key}"] if recipe.method.split("+")[0] == "gblm" else [key]
 
 
 def calibration_key(recipe: PruneConfig) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from wandapp.config import PruneConfig
 from wandapp.console import Output
 from wandapp.errors import WandappError, shorten
-from wandapp.sweep import Job, Sweep, calibration_key, locked, state
+from wandapp.sweep import Job, Sweep, calibration_key, locked, shared_keys, state
 
 POLL_SECONDS, STOP_SECONDS = 0.1, 120.0  # a block in work may have to end first
 
@@ -48,8 +48,9 @@ def _prune(sweep: Sweep, job: Job, output: Output) -> dict[str, Any]:
     """The report of pruning, without what it says of each block; that lies beside the checkpoint."""
     from wandapp.cli import run_recipe
 
-    recipe = _with_shared_tokens(sweep, job.recipe, output)
-    recipe = PruneConfig(**recipe.model_dump() | {"out": str(sweep.folder(job))})
+    shares_gradients = any(sweep.sharers[key] > 1 for key in shared_keys(job.recipe)[1:])
+    places = {"out": str(sweep.folder(job)), "gblm_cache": str(sweep.out / "shared") if shares_gradients else None}
+    recipe = PruneConfig(**_with_shared_tokens(sweep, job.recipe, output).model_dump() | places)
     report = run_recipe(recipe, output).to_dict()
     return {name: value for name, value in report.items() if name != "blocks"}
 

@@ -17,7 +17,9 @@ from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
 from wandapp.errors import WandappError
 from wandapp.memory import drop_pages
-from wandapp.methods.base import Method, ScoreTerms
+from wandapp.methods.base import BlockRecord, Method, ScoreTerms
+from wandapp.methods.gradient_cache import GradientCache
+from wandapp.pattern import SparsityPattern
 from wandapp.shards import disk_tensor
 from wandapp.statistics import Measurements, weight_gradients
 
@@ -33,8 +35,26 @@ class GBLM(Method):
     def __init__(self, config: PruneConfig, ranks: Ranks):
         super().__init__(config, ranks)
         self._sums: dict[str, Tensor] = {}
+        self._note: str | None = None  # for the first block's record
 
     def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
+        if self.config.gblm_cache is None:
+            return self._accumulate(store, tokens, hidden)
+        if self.ranks.size > 1:
+            raise WandappError("gblm_cache is for one process, and this job has several; leave it out")
+        cache = GradientCache(self.config.gblm_cache, store, tokens, hidden, self.config.gblm_norm)
+        with cache.locked():
+            found = cache.read()
+            if found is None:
+                flops = self._accumulate(store, tokens, hidden)
+                cache.write(self._sums)
+                return flops
+        self._sums = found
+        self._note = f"gblm: the dense model's gradients were read from {cache.path}; this run's time is without them"
+        return 0.0
+
+    def _accumulate(self, store, tokens: Tensor, hidden: Tensor) -> float:
+        """Sums every sample's gradients; returns the FLOPs."""
         flops = 0.0
         batch_size = 1 if any(view.is_expert for view in store.linears[0].values()) else store.batch_size
         for start in range(0, len(tokens), batch_size):
@@ -93,6 +113,12 @@ class GBLM(Method):
         total = self._sum(view)
         for gradient in weight_gradients(x, output_gradient):
             total += (gradient.abs() if self.config.gblm_norm == "l1" else gradient.square()).to(total.device)
+
+    def apply(self, block: DecoderBlock, measured: Measurements, pattern: SparsityPattern, record: BlockRecord) -> None:
+        if self._note:
+            record.warnings.append(self._note)
+            self._note = None
+        super().apply(block, measured, pattern, record)
 
     def terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
         if view.name not in self._sums:  # an expert that no token of the dense model reached has no gradient
