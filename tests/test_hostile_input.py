@@ -523,15 +523,32 @@ RECIPES = {
 }
 OUTPUTS = {
     "the output is a file": (write("out", "precious"), PRUNE, "exists already"),
+    "the output is the input": (lambda: None, f"prune pruned --out pruned --overwrite {PYDOC}", "pruned"),
+    "the output is the input by another name": (
+        link("same", "pruned"),
+        f"prune pruned --out same --overwrite {PYDOC}",
+        "same",
+    ),
+    "the output lies in the input": (lambda: None, f"prune tiny --out tiny/out {PYDOC}", "tiny/out"),
+    "the input lies in the output": (
+        lambda: shutil.move("tiny", "pruned/tiny"),
+        f"prune pruned/tiny --out pruned --overwrite {PYDOC}",
+        "pruned",
+    ),
     "the output is a link to nothing": (link("out", "gone"), PRUNE, "out"),
     "the output is a link to itself": (link("out", "out"), PRUNE, "out"),
     "the output lies in a file": (write("file", ""), f"prune tiny --out file/out {PYDOC}", "cannot be made"),
+    "the output's name is too long": (lambda: None, f"prune tiny --out {'o' * 256} {PYDOC}", "cannot be made"),
+    "the output's name leaves no room": (lambda: None, f"prune tiny --out {'o' * 250} {PYDOC}", "cannot be made"),
     "the output has a NUL": (recipe('out: "a\\0b"\n'), f"prune tiny --config recipe.yaml {PYDOC}", "out"),
     "the output is nothing": (recipe("out: ''\n"), f"prune tiny --config recipe.yaml {PYDOC}", "out"),
     "the output is the current folder": (lambda: None, f"prune tiny --out . --overwrite {PYDOC}", "."),
     "tokens saved as text": (lambda: None, f"{PRUNE} --save-calibration t.txt", "t.txt: token ids are saved"),
     "tokens saved nowhere": (lambda: None, f"{PRUNE} --save-calibration gone/t.npy", "gone/t.npy: cannot be written"),
     "tokens saved over a folder": (lambda: os.mkdir("t.npy"), f"{PRUNE} --save-calibration t.npy", "t.npy"),
+    "packed output in the input": (lambda: None, "pack pruned pruned/packed", "pruned/packed"),
+    "packed output over the input": (lambda: None, "pack pruned pruned --overwrite", "pruned"),
+    "unpacked output over the input": (lambda: None, "unpack packed packed --overwrite", "packed"),
 }
 PACKED = {
     "packing what is dense": (lambda: None, "pack tiny out --sparsity 2:4", "2:4"),

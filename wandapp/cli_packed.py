@@ -59,9 +59,8 @@ def check_packed_output(recipe: Any) -> Path | None:
 
     if recipe.out is None:
         return None  # pruning will say that it needs one
-    out = Path(recipe.out)
-    packed = out.with_name(f"{out.name}-packed")
-    check_output(packed, recipe.overwrite)
+    packed = Path(f"{recipe.out}-packed")
+    check_output(packed, recipe.overwrite, recipe.model)
     return packed
 
 

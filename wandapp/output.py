@@ -4,6 +4,7 @@ Everything is written to OUT.partial, flushed to the disk and renamed to OUT at 
 (flock) while a run writes there; the lock dies with its process, so a killed run never blocks the next.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from wandapp.errors import WandappError
+from wandapp.errors import WandappError, shorten
 
 LOCK = "wandapp/lock"
 FINISHED_BLOCK = "model-*.safetensors"  # in OUT.partial: what a resumable run has finished
@@ -22,28 +23,64 @@ FINISHED_BLOCK = "model-*.safetensors"  # in OUT.partial: what a resumable run h
 
 def partial_of(out: str | Path) -> Path:
     """Where an output is written before it is complete."""
-    out = Path(out)
-    return out.with_name(out.name + ".partial")
+    return Path(f"{out}.partial")
 
 
-def check_output(out: str | Path, overwrite: bool = False) -> None:
-    """Raise unless `output_folder` can write there. Call it before the expensive work; it leaves nothing behind."""
+def check_output(out: str | Path, overwrite: bool = False, source: str | Path | None = None) -> None:
+    """Raise unless `output_folder` can write there. Call it before the expensive work; it leaves nothing behind.
+
+    source   what is read meanwhile: `out` may not be it, lie in it or hold it
+    """
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise WandappError(f"{out}: the output folder exists already; choose another --out or give --overwrite")
-    if out.exists() and not (out / "wandapp" / "recipe.yaml").is_file():
-        raise WandappError(
-            f"{out}: --overwrite replaces only folders that wandapp wrote (which hold wandapp/recipe.yaml), and this "
-            "is none; choose another --out"
-        )
-    ancestor = next(parent for parent in out.absolute().parents if parent.exists())
     try:
+        _refuse_occupied(out, overwrite)
+        _refuse_overlap(out, source)
+        ancestor = next(parent for parent in out.absolute().parents if parent.exists())
+        _refuse_long_names(out, ancestor)
         with tempfile.TemporaryDirectory(prefix=".wandapp-", dir=ancestor):  # asks the file system, not the mode bits
             pass
     except OSError as error:
         raise WandappError(
-            f"{out}: the output folder cannot be made ({error.strerror}); choose another --out"
+            f"{shorten(out)}: the output folder cannot be made ({error.strerror}); choose another --out"
         ) from None
+
+
+def _refuse_occupied(out: Path, overwrite: bool) -> None:
+    if out.is_symlink():
+        raise WandappError(f"{out}: the output folder is a link; give the folder itself, or choose another --out")
+    exists = out.exists()
+    if exists and not overwrite:
+        raise WandappError(f"{out}: the output folder exists already; choose another --out or give --overwrite")
+    if exists and not (out / "wandapp" / "recipe.yaml").is_file():
+        raise WandappError(
+            f"{out}: --overwrite replaces only folders that wandapp wrote (which hold wandapp/recipe.yaml), and this "
+            "is none; choose another --out"
+        )
+    if out.name in ("", ".."):
+        raise WandappError(f"{out}: the output folder needs a name of its own; choose another --out")
+
+
+def _refuse_overlap(out: Path, source: str | Path | None) -> None:
+    """A run that writes into what it reads, or replaces it, would spoil both."""
+    if source is None or not os.path.exists(os.path.expanduser(source)):
+        return
+    out_path, source_path = Path(os.path.realpath(out)), Path(os.path.realpath(os.path.expanduser(source)))
+    relations = {
+        "is the input itself": out_path == source_path,
+        "lies in the input": source_path in out_path.parents and source_path.is_dir(),
+        "holds the input": out_path in source_path.parents,
+    }
+    for relation, holds in relations.items():
+        if holds:
+            raise WandappError(f"{out}: the output folder {relation}, {source}; choose another --out")
+
+
+def _refuse_long_names(out: Path, ancestor: Path) -> None:
+    """Every folder that is to be made, and OUT.partial, must have a name that the file system takes."""
+    longest = os.pathconf(ancestor, "PC_NAME_MAX")
+    names = out.absolute().relative_to(ancestor).parts
+    if any(len(os.fsencode(name)) > longest for name in (*names, f".{out.name}.replaced")):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
 def refuse_unfinished(out: str | Path) -> None:
@@ -57,15 +94,16 @@ def refuse_unfinished(out: str | Path) -> None:
 
 
 @contextmanager
-def output_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def output_folder(out: str | Path, overwrite: bool = False, source: str | Path | None = None) -> Iterator[Path]:
     """A new folder OUT.partial that becomes `out` when the body ends: complete, or not at all.
 
     Its files are flushed to the disk before the last step, a rename. An older OUT (with `overwrite`) stays until then.
     A failure removes OUT.partial and leaves OUT as it was.
 
+    source  what the body reads (see `check_output`)
     raises  WandappError where `out` exists without `overwrite`, another run writes there, or the disk refuses
     """
-    check_output(out, overwrite)
+    check_output(out, overwrite, source)
     refuse_unfinished(out)
     partial = partial_of(out)
     try:

@@ -103,7 +103,7 @@ def pack_checkpoint(
     pattern, skip = _what_was_pruned(source, sparsity, skip)
     files = checkpoint_tensors(source)
     model = skeleton(source, max_blocks=len(files.infos))
-    with output_folder(out, overwrite) as partial:
+    with output_folder(out, overwrite, source) as partial:
         copy_companions(source, partial)
         add_recipe(partial, pattern, skip)
         return write_packed(partial, model, files, pattern, skip, source, storage, on_progress)
@@ -367,7 +367,7 @@ def unpack_checkpoint(
     groups: dict[Path, list[str]] = {}
     for tensor in checkpoint.tensors:
         groups.setdefault(checkpoint.path_of_tensor(tensor), []).append(tensor)
-    with output_folder(out, overwrite) as partial:
+    with output_folder(out, overwrite, packed) as partial:
         copy_companions(checkpoint.folder, partial)
         shards = [_unpacked_group(groups[path], checkpoint, summary) for path in sorted(groups)]
         files = write_shards(partial, "model", shards, on_progress)

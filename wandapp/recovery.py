@@ -92,7 +92,7 @@ def recover(
     config = (config or RecoverConfig(**options)).resolved()
     folder, out = Path(folder), Path(out)
     recipe = PruneConfig.from_yaml(folder / "wandapp" / "recipe.yaml")
-    check_output(out, overwrite)
+    check_output(out, overwrite, folder)
     state_folder = _state_folder(out, resume)
     device = resolve_device(config.device)
     on_note(f"loading {folder}")

@@ -55,7 +55,7 @@ class RunFolder:
         return self
 
     def _occupy(self) -> None:
-        check_output(self.out, self.config.overwrite)
+        check_output(self.out, self.config.overwrite, self.config.model)
         if not self.resume:
             refuse_unfinished(self.out)
         with self.disk("cannot be made"):

@@ -51,7 +51,7 @@ def _prune(sweep: Sweep, job: Job, output: Output) -> dict[str, Any]:
     shares_gradients = any(sweep.sharers[key] > 1 for key in shared_keys(job.recipe)[1:])
     places = {"out": str(sweep.folder(job)), "gblm_cache": str(sweep.out / "shared") if shares_gradients else None}
     recipe = PruneConfig(**_with_shared_tokens(sweep, job.recipe, output).model_dump() | places)
-    report = run_recipe(recipe, output).to_dict()
+    report = run_recipe(recipe, output, resume=True).to_dict()
     return {name: value for name, value in report.items() if name != "blocks"}
 
 
