@@ -106,6 +106,14 @@ def test_what_is_missing_is_said_in_one_sentence(colours, tmp_path, tiny_model, 
     (tmp_path / "empty.yaml").write_text("a: 1\n")
     with pytest.raises(WandappError, match="holds no task of lm-eval"):
         evaluate_tasks(model, tokenizer, [str(tmp_path / "empty.yaml")])
+    (tmp_path / "bare.yaml").write_text("task: bare\n")
+    with pytest.raises(WandappError, match="tasks bare: lm-eval cannot use the definition"):
+        evaluate_tasks(model, tokenizer, [str(tmp_path / "bare.yaml")])
+    misfit = (colours / "colours.yaml").read_text().replace("{{choices}}", "{{options}}")
+    (tmp_path / "misfit").mkdir()
+    (tmp_path / "misfit" / "misfit.yaml").write_text(misfit)
+    with pytest.raises(WandappError, match="tasks colours: .*'options' is undefined.*check the"):
+        evaluate_tasks(model, tokenizer, [str(tmp_path / "misfit")])
     with pytest.raises(WandappError, match="tasks need a tokenizer"):
         evaluate_tasks(model, None, ["boolq"])
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)

@@ -109,13 +109,19 @@ def _training(recovered: dict | None) -> str:
 def _perplexities(measured: list[dict], before: dict[str, dict]) -> str:
     if not measured:
         return ""
-    earlier = {result["text"]: f"{result['perplexity']:.2f}" for result in before.values()}
+    columns = ["perplexity on", "context", "windows", *(["before training"] if before else []), "this checkpoint"]
+    earlier = {result["text"]: [f"{result['perplexity']:.2f}"] for result in before.values()}
     rows = [
-        f"| {r['text']} | {r['seq_len']} | {r['windows']} | {earlier.get(r['text'], '-')} | {r['perplexity']:.2f} |"
+        [
+            r["text"],
+            str(r["seq_len"]),
+            str(r["windows"]),
+            *(before and earlier.get(r["text"], ["-"])),
+            f"{r['perplexity']:.2f}",
+        ]
         for r in measured
     ]
-    head = ["| perplexity on | context | windows | before training | this checkpoint |", "|---|---|---|---|---|"]
-    return "\n".join([*head, *rows])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows))
 
 
 _LOADING = """## Loading

@@ -17,6 +17,7 @@ from typing import Any
 import numpy
 import torch
 from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -26,6 +27,8 @@ from wandapp.corpus import first_line
 from wandapp.errors import WandappError, nearest
 
 SEED = 1234  # of few-shot examples, as in lm-eval
+# What lm-eval raises on a YAML whose keys do not fit together; it checks few of them.
+_DEFINITION_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, TemplateError)
 _SHOWN = ("acc", "acc_norm", "exact_match", "f1", "perplexity")
 
 
@@ -108,7 +111,13 @@ def evaluate_tasks(
     lm = _WatchedModel(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     lm.on_progress = on_progress
     with nullcontext() if on_progress is None else redirect_stderr(StringIO()):
-        raw = evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
+        try:
+            raw = evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
+        except TemplateError as error:
+            raise WandappError(
+                f"tasks {', '.join(names)}: a document does not fit the templates ({first_line(error)}); check the doc_to_ "
+                "lines of the task's YAML"
+            ) from error
     results = [_result(name, raw) for name in raw["results"]]
     wanted = [result for result in results if result.task in names and "acc" in result.metrics]
     return TaskResults(
@@ -178,10 +187,14 @@ def _load(names: list[str], local: dict[str, str]) -> dict:
             )
     try:
         return manager.load(names)
-    except (OSError, ValueError, DatasetsError) as error:  # no network, no such data set or split
+    except (OSError, DatasetsError) as error:  # no network, no such data set or file
         raise WandappError(
             f"tasks {', '.join(names)}: their data cannot be had ({first_line(error)}); connect once so that they are "
             "cached, or give a task YAML whose data are local"
+        ) from error
+    except _DEFINITION_ERRORS as error:
+        raise WandappError(
+            f"tasks {', '.join(names)}: lm-eval cannot use the definition ({first_line(error)}); check the task's YAML"
         ) from error
 
 
