@@ -35,6 +35,13 @@ def start(ranks: int, checkpoint: Path, out: Path, *more: str) -> subprocess.Pop
     )
 
 
+def wait_for_blocks(job: subprocess.Popen, partial: Path, blocks: int) -> None:
+    deadline = time.monotonic() + 200
+    while len(list(partial.glob("model-*.safetensors"))) < blocks:
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()[1]
+        time.sleep(0.02)
+
+
 def process_of(rank: int, launcher: int) -> int:
     """Process number of a rank, a child of torchrun's."""
     for status in Path("/proc").glob("[0-9]*/stat"):
@@ -73,10 +80,7 @@ def test_two_ranks_write_one_checkpoint_that_verifies(uninterrupted):
 def test_a_rank_killed_mid_run_ends_the_job_within_a_minute_and_it_resumes(tmp_path, checkpoint, uninterrupted, rank):
     out = tmp_path / "out"
     job = start(2, checkpoint, out)
-    deadline = time.monotonic() + 200
-    while len(list((tmp_path / "out.partial").glob("model-*.safetensors"))) < 3 and time.monotonic() < deadline:
-        assert job.poll() is None, job.communicate()[1]
-        time.sleep(0.02)
+    wait_for_blocks(job, tmp_path / "out.partial", 3)
     os.kill(process_of(rank, job.pid), signal.SIGKILL)
     killed = time.monotonic()
     _, said = job.communicate(timeout=100)
@@ -87,6 +91,23 @@ def test_a_rank_killed_mid_run_ends_the_job_within_a_minute_and_it_resumes(tmp_p
     assert resumed.returncode == 0, said
     assert "blocks were finished by an earlier run" in said
     assert weights(out) == weights(uninterrupted)
+
+
+def test_an_interrupted_job_says_once_how_to_go_on(tmp_path, checkpoint):
+    job = start(2, checkpoint, tmp_path / "out")
+    wait_for_blocks(job, tmp_path / "out.partial", 2)
+    job.send_signal(signal.SIGINT)  # torchrun passes it on as SIGTERM
+    _, said = job.communicate(timeout=100)
+    assert job.returncode != 0 and not (tmp_path / "out").exists()
+    told = [line for line in said.splitlines() if line.startswith("wandapp: ")]
+    assert len(told) == 1 and "torchrun --nproc-per-node 2 -m wandapp prune --config" in told[0], said
+
+
+def test_streamed_blocks_give_the_same_bits(tmp_path, checkpoint, uninterrupted):
+    job = start(2, checkpoint, tmp_path / "out", "--stream", "--activations", "disk")
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    assert weights(tmp_path / "out") == weights(uninterrupted)
 
 
 def test_an_error_before_the_ranks_meet_is_said_once(tmp_path, checkpoint):

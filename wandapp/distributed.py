@@ -123,6 +123,15 @@ def join(device: torch.device) -> Ranks:
     return _Job(device)
 
 
+def program() -> str:
+    """What starts a job like this one, up to the command's name."""
+    ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if ranks == 1:
+        return "wandapp"
+    machines = f"--nnodes {ranks // here} ... " if ranks > here else ""
+    return f"torchrun {machines}--nproc-per-node {here} -m wandapp"
+
+
 class _Job(Ranks):
     """More than one rank, joined by torch.distributed."""
 
@@ -188,6 +197,8 @@ class _Job(Ranks):
         self._pulse.stop()
         if error is None:
             dist.destroy_process_group()
+        elif not isinstance(error, Exception):
+            pass  # interrupted, as all ranks are; rank 0 says how to go on
         elif not is_first_to_fail:
             raise SystemExit(2) from error
         elif isinstance(error, WandappError):

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from wandapp.config import PruneConfig
-from wandapp.distributed import Ranks
+from wandapp.distributed import Ranks, program
 from wandapp.errors import Interrupted, WandappError
 from wandapp.manifest import Manifest
 from wandapp.methods.base import BlockRecord
@@ -170,7 +170,7 @@ class RunFolder:
         of = f" of {self.blocks}" if self.blocks else ""
         return (
             f"{what}{done}{of} blocks are finished and kept; continue with: "
-            f"wandapp prune --config {self.partial / RECIPE} --resume"
+            f"{program()} prune --config {self.partial / RECIPE} --resume"
         )
 
     @contextmanager
