@@ -12,6 +12,7 @@ import torch
 
 from wandapp import distributed
 from wandapp.blocks import DecoderBlock
+from wandapp.corpus import builtin_text
 from wandapp.distributed import Share, even_counts
 from wandapp.errors import WandappError
 from wandapp.methods.wanda import Wanda
@@ -256,3 +257,31 @@ def test_ranks_that_would_share_a_gpu_are_refused(monkeypatch, name, message):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(WandappError, match=message):
         resolve_device(name)
+
+
+@pytest.mark.slow
+def test_refinement_by_two_ranks_keeps_the_perplexity_of_one_process(tiny_model, tmp_path):
+    """On a model that learned its text, and with a third of the text held out."""
+    text = torch.tensor(list(builtin_text("calibration").encode()[:240_000]))
+    learned, held_out = text[:160_000], text[160_000:]
+    model = tiny_model("llama", num_hidden_layers=2)[0]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(150):
+        optimiser.param_groups[0]["lr"] = 4e-3 * (1 - step / 150)
+        rows = torch.stack([learned[i : i + 64] for i in torch.randint(0, len(learned) - 64, (16,)).tolist()])
+        optimiser.zero_grad()
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimiser.step()
+    samples = learned[: 32 * 64].view(32, 64)
+
+    def perplexity(ranks=None, method="wanda++"):
+        copied = copy.deepcopy(model)
+        prune(copied, method=method, sparsity="2:4", calibration=samples, ranks=ranks, ro_samples=32)
+        with torch.no_grad():
+            rows = held_out[: 256 * 64].view(256, 64)
+            return copied(input_ids=rows, labels=rows).loss.exp().item()
+
+    alone, unrefined = perplexity(), perplexity(method="rgs")
+    ended = harness.run_ranks(2, perplexity, tmp_path)
+    assert alone < unrefined
+    assert ended[0].result == ended[1].result == pytest.approx(alone, rel=0.005)
