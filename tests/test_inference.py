@@ -7,6 +7,7 @@ hundred additions of 2^-24 through three blocks); bf16 3e-2 and fp16 4e-3: each 
 import json
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -267,9 +268,9 @@ def test_bench_command(packed_checkpoint, tmp_path, monkeypatch, capfd):
     measure, places = bench_inference._measure_loading, []
     figures = {"load_seconds": 1.0, "resident_mib": 1.0}
 
-    def measure_one(folder, dtype):  # a process of its own takes seconds, so one of the two
+    def measure_one(folder, dtype, device):  # a process of its own takes seconds, so one of the two
         places.append(folder)
-        return measure(folder, dtype) if folder == packed else figures
+        return measure(folder, dtype, device) if folder == packed else figures
 
     monkeypatch.setattr(bench_inference, "_measure_loading", measure_one)
     monkeypatch.setattr(bench_inference, "COPY_BYTES", 1 << 20)
@@ -284,9 +285,80 @@ def test_bench_command(packed_checkpoint, tmp_path, monkeypatch, capfd):
     assert len(places) == 2 and shown.index("copy bandwidth") < shown.index("prefill_ms")
     assert result["rows"]["sparse"]["weights_mib"] < result["rows"]["dense"]["weights_mib"]
     assert result["rows"]["sparse"]["resident_mib"] > 0 and result["rows"]["sparse"]["step_ms_batch_3"] > 0
-    assert result["agreement"] == {"texts": 3, "identical_texts": 3, "tokens_until_they_part": 4.0, "of_tokens": 4}
+    assert result["agreement"]["sparse"] == {
+        "texts": 3,
+        "identical_texts": 3,
+        "tokens_until_they_part": 4.0,
+        "of_tokens": 4,
+    }
     assert {(row["out"], row["in"], row["count"]) for row in result["kernels"]} >= {
         (64, 64, 6),
         (128, 64, 6),
         (64, 128, 3),
     }
+
+
+class StubLlama:
+    """llama_cpp.Llama as far as we call it: it writes 7 for ever."""
+
+    def __init__(self, path, **options):
+        assert open(path, "rb").read(4) == b"GGUF" and options["n_gpu_layers"] == 0
+
+    def reset(self): ...
+
+    def eval(self, tokens): ...
+
+    def generate(self, tokens, **options):
+        while True:
+            yield 7
+
+
+def test_bench_beside_llama_cpp(packed_checkpoint, monkeypatch, capfd):
+    from wandapp import bench_inference, cli
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=StubLlama, __version__="stub"))
+    figures = {"load_seconds": 1.0, "resident_mib": 1.0}
+    monkeypatch.setattr(bench_inference, "_measure_loading", lambda *_: figures)
+    monkeypatch.setattr(bench_inference, "COPY_BYTES", 1 << 20)
+    _, packed = packed_checkpoint("llama", "2:4", "bfloat16")
+    options = "--prompt-tokens 8 --new-tokens 3 --rounds 1 --batch 1 --batch 2 --compare llama.cpp --json".split()
+    monkeypatch.setattr(sys, "argv", ["wandapp", "bench", "inference", str(packed), *options])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    text, shown = capfd.readouterr()
+    assert not caught.value.code, shown
+    result = json.loads(text)
+    assert result["rows"]["llama.cpp"]["tokens_per_s_batch_1"] > 0
+    assert "tokens_per_s_batch_2" not in result["rows"]["llama.cpp"]
+    assert result["llama.cpp"]["precision"] == "bfloat16" and "llama-cpp-python stub" in shown
+    assert result["agreement"]["sparse"]["identical_texts"] == 2
+
+
+def test_llama_cpp_that_is_not_installed_is_one_sentence(packed_checkpoint, monkeypatch, capfd):
+    from wandapp import cli
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    _, packed = packed_checkpoint("llama", "2:4")
+    monkeypatch.setattr(sys, "argv", ["wandapp", "bench", "inference", str(packed), "--compare", "llama.cpp"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2 and "pip install llama-cpp-python" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_llama_cpp_writes_the_same_text(tiny_model, tmp_path, family):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is an optional extra")
+    from wandapp.bench_llama_cpp import LlamaCpp
+
+    model = tiny_model(family)[0]
+    written, steps = LlamaCpp(model, tmp_path, 64).generate(prompt(), 12)
+    assert torch.equal(written, generate(model, prompt(), min_new_tokens=12)[:, 7:]) and len(steps) == 11
+
+
+def test_what_is_not_written_as_gguf_is_refused(tiny_model, tmp_path):
+    from wandapp.bench_llama_cpp import write_gguf
+
+    for family in ("gpt2", "mistral"):  # another architecture; a sliding window
+        with pytest.raises(WandappError, match=f"got {family}"):
+            write_gguf(tiny_model(family)[0], tmp_path / "model.gguf")

@@ -11,19 +11,23 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from wandapp.bench_inference_output import plot_inference, show_inference
+from wandapp.bench_llama_cpp import LlamaCpp, require_llama_cpp
 from wandapp.console import Output
 from wandapp.corpus import builtin_text
 from wandapp.doctor import describe_machine, examine
 from wandapp.errors import WandappError
-from wandapp.inference import load_either
-from wandapp.models import load_tokenizer, skeleton
+from wandapp.inference import dense_fallbacks, load_either
+from wandapp.kernels.pack import pack
+from wandapp.models import load_tokenizer, resolve_device, skeleton
 from wandapp.modules import SparseLinear, TokenLinear
 from wandapp.packing import pack_checkpoint, unpack_checkpoint
 from wandapp.weight_files import is_packed
@@ -36,27 +40,108 @@ def bench_inference(
     output: Output,
     *,
     dtype: str = "auto",
+    device: str = "cpu",
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     batches: Sequence[int] = (1, 4, 16),
     rounds: int = 3,
+    require_sparse: bool = False,
+    compare: bool = False,
     plot: Path | None = None,
 ) -> dict[str, Any]:
-    """Figures of the checkpoint in `folder`, packed or pruned, as they are printed; the other form is made in passing."""
+    """Figures of the checkpoint in `folder`, packed or pruned, as they are printed; the other form is made in passing.
+
+    compare  measure llama.cpp too, on the dense weights at the same precision
+    """
+    if compare:
+        require_llama_cpp()
+    place = resolve_device(device)
+    result: dict[str, Any] = {"model": str(folder), "machine": _show_machine(output)}
     with tempfile.TemporaryDirectory() as scratch:
         folders = _both_forms(Path(folder), Path(scratch))
-        loading = {name: _measure_loading(place, dtype) for name, place in folders.items()}
-        models = {name: load_either(str(place), dtype=dtype).model for name, place in folders.items()}
-        tokens = _prompts(load_tokenizer(folder), models["dense"], max(batches), prompt_tokens)
-    result = {"model": str(folder), "dtype": str(models["dense"].dtype).removeprefix("torch.")}
-    result |= {"machine": _show_machine(output), "ceiling": _show_ceiling(models, output), "kernels": _kernels(models)}
-    result["rows"] = _rows(models, loading, tokens, new_tokens, batches, rounds)
-    result["agreement"] = _agreement(models, tokens[: min(4, len(tokens))], new_tokens)
-    _show(result, output, prompt_tokens, new_tokens)
+        loading = {name: _measure_loading(path, dtype, place) for name, path in folders.items()}
+        dense = load_either(str(folders["dense"]), dtype=dtype, device=str(place)).model
+        sparse = load_either(
+            str(folders["sparse"]), dtype=dtype, device=str(place), require_sparse=require_sparse
+        ).model
+        models = {"dense": dense, "sparse": sparse}
+        tokens = _prompts(load_tokenizer(folder), dense, max(batches), prompt_tokens).to(place)
+        runners: dict[str, Runner] = {name: TorchModel(model) for name, model in models.items()}
+        if compare:
+            runners["llama.cpp"] = llama = LlamaCpp(dense, Path(scratch), prompt_tokens + new_tokens)
+            loading["llama.cpp"] = {"load_seconds": llama.load_seconds}
+            result["llama.cpp"] = {
+                "version": llama.version,
+                "precision": _dtype_name(dense),
+                "weights": "dense, as GGUF",
+            }
+    result |= {"dtype": _dtype_name(dense), "device": str(place), "ceiling": _show_ceiling(models, place, output)}
+    result["rows"] = _rows(runners, models, loading, tokens, new_tokens, batches, rounds)
+    result["kernels"], result["dense_fallbacks"] = _kernels(models), dense_fallbacks(sparse)
+    few = tokens[: min(4, len(tokens))]
+    result["agreement"] = {name: _agreement(runners["dense"], runners[name], few, new_tokens) for name in runners}
+    del result["agreement"]["dense"]
+    show_inference(result, output, prompt_tokens, new_tokens)
     if plot:
-        _plot(result, plot)
+        plot_inference(result, plot)
         output.result(f"plot: {plot}")
     return result
+
+
+def _dtype_name(model: nn.Module) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+class Runner(Protocol):
+    """A model that reads a prompt [batch, tokens] and continues it."""
+
+    max_batch: int
+
+    def prefill(self, tokens: Tensor) -> None: ...
+
+    def generate(self, tokens: Tensor, new_tokens: int) -> tuple[Tensor, list[float]]: ...
+
+
+class TorchModel:
+    """A transformers model, run by its own `generate`."""
+
+    max_batch = sys.maxsize
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor) -> None:
+        self.model(tokens, logits_to_keep=1)
+        _wait_for(tokens.device)
+
+    def generate(self, tokens: Tensor, new_tokens: int) -> tuple[Tensor, list[float]]:
+        """Greedy continuation [batch, new_tokens], and the milliseconds from each forward's end to the next one's."""
+        ends: list[float] = []
+
+        def on_forward(*_) -> None:
+            _wait_for(tokens.device)
+            ends.append(time.perf_counter())
+
+        hook = self.model.register_forward_hook(on_forward)
+        try:
+            with torch.inference_mode():
+                written = self.model.generate(
+                    tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    max_new_tokens=new_tokens,
+                    min_new_tokens=new_tokens,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
+        finally:
+            hook.remove()
+        return written[:, tokens.shape[1] :], [(later - earlier) * 1e3 for earlier, later in pairwise(ends)]
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _both_forms(folder: Path, scratch: Path) -> dict[str, Path]:
@@ -69,27 +154,37 @@ def _both_forms(folder: Path, scratch: Path) -> dict[str, Path]:
     return {"dense": folder, "sparse": scratch / "packed"}
 
 
-def _measure_loading(folder: Path, dtype: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "wandapp.bench_inference", str(folder), dtype, str(torch.get_num_threads())]
-    child = subprocess.run(command, capture_output=True, text=True)
+def _measure_loading(folder: Path, dtype: str, device: torch.device) -> dict[str, float]:
+    options = [str(folder), dtype, str(device), str(torch.get_num_threads())]
+    child = subprocess.run([sys.executable, "-m", "wandapp.bench_inference", *options], capture_output=True, text=True)
     if child.returncode:
         raise WandappError(f"{folder}: loading it in a process of its own failed: {child.stderr.strip()[-300:]}")
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def _load_and_tell(folder: str, dtype: str, threads: str) -> None:
+def _load_and_tell(folder: str, dtype: str, device: str, threads: str) -> None:
     """The child of `_measure_loading`."""
     torch.set_num_threads(int(threads))
-    skeleton(folder)  # the libraries that the model needs are not its memory
-    before, start = _resident_mib(), time.perf_counter()
-    model = load_either(folder, dtype=dtype).model
+    _warm_up(skeleton(folder))  # libraries and their threads are not the model's memory
+    before, start = _resident_mib(device), time.perf_counter()
+    model = load_either(folder, dtype=dtype, device=device).model
     seconds = time.perf_counter() - start
     with torch.inference_mode():
-        model(torch.zeros(1, 1, dtype=torch.int64))  # mapped files become resident when they are read
-    print(json.dumps({"load_seconds": seconds, "resident_mib": _resident_mib() - before}))
+        model(torch.zeros(1, 1, dtype=torch.int64, device=device))  # mapped files become resident when they are read
+    print(json.dumps({"load_seconds": seconds, "resident_mib": _resident_mib(device) - before}))
 
 
-def _resident_mib() -> float:
+def _warm_up(skeleton: nn.Module) -> None:
+    """Has torch and our kernels load what any first product loads."""
+    for dtype in (torch.float32, skeleton.dtype):
+        x = torch.ones(1, 4, 32, 32, dtype=dtype)
+        nn.functional.scaled_dot_product_attention(nn.functional.linear(x, x[0, 0]), x, x)
+        SparseLinear(pack(torch.eye(32, dtype=dtype), n=2, m=4))(x)
+
+
+def _resident_mib(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
@@ -113,11 +208,17 @@ def _show_machine(output: Output) -> dict[str, str]:
     return machine
 
 
-def _show_ceiling(models: dict[str, nn.Module], output: Output) -> dict[str, float]:
+def _show_ceiling(models: dict[str, nn.Module], device: torch.device, output: Output) -> dict[str, float]:
     """What the bytes allow: every weight but the input embedding is read once per step."""
-    source, target = torch.ones(COPY_BYTES // 4), torch.empty(COPY_BYTES // 4)
-    target.copy_(source)
-    copies = [_seconds(lambda: target.copy_(source)) for _ in range(5)]
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = source.clone()
+
+    def copy() -> None:
+        target.copy_(source)
+        _wait_for(device)
+
+    copy()
+    copies = [_seconds(copy) for _ in range(5)]
     ceiling = {"copy_gb_per_s": 2 * COPY_BYTES / min(copies) / 1e9}
     output.rows({"copy bandwidth": f"{ceiling['copy_gb_per_s']:.1f} GB/s (read and written)"})
     for name, model in models.items():
@@ -155,6 +256,7 @@ def _kernel_of(module: nn.Module, tokens: int) -> str:
 
 
 def _rows(
+    runners: dict[str, Runner],
     models: dict[str, nn.Module],
     loading: dict[str, dict[str, float]],
     tokens: Tensor,
@@ -162,13 +264,16 @@ def _rows(
     batches: Sequence[int],
     rounds: int,
 ) -> dict[str, dict[str, float]]:
-    """Figures by form; milliseconds of a step are medians over all rounds' steps."""
-    rows = {name: dict(loading[name]) | {"weights_mib": _weight_bytes(model) / 2**20} for name, model in models.items()}
-    prefill = _in_turns(models, rounds, lambda model: [_seconds(lambda: _forward(model, tokens[:1])) * 1e3])
+    """Figures by runner; milliseconds of a step are over all rounds' steps."""
+    rows = {name: dict(figures) for name, figures in loading.items()}
+    for name, model in models.items():
+        rows[name]["weights_mib"] = _weight_bytes(model) / 2**20
+    prefill = _in_turns(runners, rounds, lambda runner: [_seconds(lambda: runner.prefill(tokens[:1])) * 1e3])
     for name, milliseconds in prefill.items():
         rows[name]["prefill_ms"] = median(milliseconds)
     for batch in batches:
-        steps = _in_turns(models, rounds, lambda model: _generate(model, tokens[:batch], new_tokens)[1])  # noqa: B023
+        able = {name: runner for name, runner in runners.items() if runner.max_batch >= batch}
+        steps = _in_turns(able, rounds, lambda runner: runner.generate(tokens[:batch], new_tokens)[1])  # noqa: B023
         for name, milliseconds in steps.items():
             rows[name][f"step_ms_batch_{batch}"] = median(milliseconds)
             rows[name][f"step_p90_ms_batch_{batch}"] = sorted(milliseconds)[int(0.9 * len(milliseconds))]
@@ -181,12 +286,12 @@ def _weight_bytes(model: nn.Module) -> int:
 
 
 def _in_turns(
-    models: dict[str, nn.Module], rounds: int, measure: Callable[[nn.Module], list[float]]
+    runners: dict[str, Runner], rounds: int, measure: Callable[[Runner], list[float]]
 ) -> dict[str, list[float]]:
-    taken: dict[str, list[float]] = {name: [] for name in models}
+    taken: dict[str, list[float]] = {name: [] for name in runners}
     for turn in range(rounds + 1):  # the first turn warms up
-        for name, model in models.items():
-            found = measure(model)
+        for name, runner in runners.items():
+            found = measure(runner)
             if turn:
                 taken[name] += found
     return taken
@@ -198,84 +303,16 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-@torch.inference_mode()
-def _forward(model: nn.Module, tokens: Tensor) -> None:
-    model(tokens, logits_to_keep=1)
-
-
-def _generate(model: nn.Module, tokens: Tensor, new_tokens: int) -> tuple[Tensor, list[float]]:
-    """Greedy continuation [batch, new_tokens], and the milliseconds from each forward's end to the next one's."""
-    ends: list[float] = []
-    hook = model.register_forward_hook(lambda *_: ends.append(time.perf_counter()))
-    try:
-        with torch.inference_mode():
-            written = model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-    finally:
-        hook.remove()
-    steps = [(later - earlier) * 1e3 for earlier, later in zip(ends, ends[1:], strict=False)]
-    return written[:, tokens.shape[1] :], steps
-
-
-def _agreement(models: dict[str, nn.Module], tokens: Tensor, new_tokens: int) -> dict[str, float]:
+def _agreement(reference: Runner, other: Runner, tokens: Tensor, new_tokens: int) -> dict[str, float]:
     """How far the two write the same: a text that has parted once does not come together again."""
-    dense, sparse = (_generate(models[name], tokens, new_tokens)[0] for name in ("dense", "sparse"))
-    together = (dense == sparse).int().cumprod(1)
+    tokens = tokens[: other.max_batch]
+    together = (reference.generate(tokens, new_tokens)[0] == other.generate(tokens, new_tokens)[0]).int().cumprod(1)
     return {
         "texts": len(tokens),
         "identical_texts": int(together[:, -1].sum()),
         "tokens_until_they_part": float(together.sum(1).float().mean()),
         "of_tokens": new_tokens,
     }
-
-
-def _show(result: dict[str, Any], output: Output, prompt_tokens: int, new_tokens: int) -> None:
-    output.result(f"\n{result['model']}, {result['dtype']}: {prompt_tokens} tokens of prompt, {new_tokens} written")
-    dense, sparse = result["rows"]["dense"], result["rows"]["sparse"]
-    rows = []
-    for name in dense:
-        faster = "tokens" in name
-        gain = sparse[name] / dense[name] if faster else dense[name] / max(sparse[name], 1e-9)
-        rows.append([name, f"{dense[name]:.1f}", f"{sparse[name]:.1f}", f"{gain:.2f}x"])
-    output.table(["", "dense", "sparse", "sparse is better by"], rows)
-    output.result("")
-    kernels = result["kernels"]
-    output.table(list(kernels[0]), [[str(value) for value in row.values()] for row in kernels])
-    a = result["agreement"]
-    output.result(
-        f"\ngreedy: {a['identical_texts']} of {a['texts']} texts identical, together for {a['tokens_until_they_part']:.1f} "
-        f"of {a['of_tokens']} tokens"
-    )
-
-
-def _plot(result: dict[str, Any], path: Path) -> None:
-    """Tokens per second by batch size, dense beside sparse."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise WandappError("--plot needs matplotlib, which is not installed; run: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    prefix = "tokens_per_s_batch_"
-    batches = [name.removeprefix(prefix) for name in result["rows"]["dense"] if name.startswith(prefix)]
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    for offset, (form, rows) in enumerate(result["rows"].items()):
-        rates = [rows[prefix + batch] for batch in batches]
-        bars = axes.bar([index + 0.4 * offset for index in range(len(batches))], rates, 0.38, label=form)
-        axes.bar_label(bars, fmt="%.0f")
-    axes.set_xticks([index + 0.2 for index in range(len(batches))], batches)
-    title = f"{Path(result['model']).name}, {result['dtype']}, {result['machine']['torch threads']} threads"
-    axes.set(xlabel="batch", ylabel="tokens / s", title=title)
-    axes.margins(y=0.1)
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

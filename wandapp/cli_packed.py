@@ -1,12 +1,13 @@
 """The commands around packed checkpoints: pack, unpack, bench inference."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from wandapp import cli_hub
-from wandapp.cli_options import Json, Overwrite, Private, PushToHub
+from wandapp.cli_options import Device, Dtype, Json, Overwrite, Private, PushToHub, RequireSparse
 from wandapp.console import Output
 
 commands = typer.Typer()
@@ -109,21 +110,34 @@ def _sizes(dense: int, packed: int) -> str:
 bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)  # cli_bench.py adds to it
 
 
+class Peer(StrEnum):
+    """Runtimes to compare with."""
+
+    llama_cpp = "llama.cpp"
+
+
 @bench.command("inference")
 def bench_inference_command(
     folder: Annotated[Path, typer.Argument(help="folder of a packed or a pruned checkpoint")],
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="tokens to write")] = 32,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="batch sizes [1 4 16]")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="turns that dense and sparse take")] = 3,
+    require_sparse: RequireSparse = False,
+    compare: Annotated[list[Peer] | None, typer.Option(help="measure another runtime too: llama.cpp")] = None,
     plot: Annotated[Path | None, typer.Option(help="write a plot (.png or .svg)")] = None,
     json_only: Json = False,
 ) -> None:
-    """Compare dense and sparse: load time, memory, prefill, decode, kernels, agreement."""
+    """Compare dense and sparse: load time, memory, prefill, decode, kernels, agreement.
+
+    wandapp bench inference packed --plot decode.png
+    """
     from wandapp.bench_inference import bench_inference
 
     output = Output(json_only)
     options = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds, "plot": plot}
-    result = bench_inference(folder, output, dtype=dtype, batches=batch or (1, 4, 16), **options)
+    options |= {"dtype": dtype, "device": device, "require_sparse": require_sparse, "compare": bool(compare)}
+    result = bench_inference(folder, output, batches=batch or (1, 4, 16), **options)
     output.finish(result)
