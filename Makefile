@@ -2,7 +2,8 @@
 # make test     run the tests
 # make test-slow   run the tests that take long: kill series, large checkpoints, interpreter sweeps
 # make bench    measure the kernels against this machine's ceilings
-# make lint     check style
+# make lint     check style and types
+# make coverage  run the quick tests and say which lines of wandapp/ they leave out
 # make docs     build the documentation into build/site
 # make clean    remove everything that was made
 # Each makes .venv first, once; a second call installs nothing. Needs Python 3.11 or newer and a C++17 compiler.
@@ -22,9 +23,9 @@ MODEL := $(VENV)/.model
 DOCS := $(VENV)/.docs
 NATIVE := setup.py $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help venv demo test test-slow bench lint docs clean
+.PHONY: help venv demo test test-slow bench lint coverage docs clean
 help:
-	@sed -n '1,8s/^# //p' Makefile
+	@sed -n '1,9s/^# //p' Makefile
 
 venv: $(INSTALLED) $(MODEL)
 
@@ -44,12 +45,16 @@ bench: venv
 lint: venv
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/python -m mypy
+
+coverage: venv
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" --cov=wandapp --cov-report=term-missing:skip-covered
 
 docs: venv $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info wandapp/_C*.so .pytest_cache .hypothesis .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist out *.egg-info wandapp/_C*.so .pytest_cache .hypothesis .ruff_cache .mypy_cache .coverage .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The build's own tools come first: with them in place pip needs no isolated build environment, and csrc/ compiles

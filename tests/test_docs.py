@@ -48,7 +48,11 @@ class Block(NamedTuple):
 
     @property
     def is_executable(self) -> bool:
-        return self.is_command or (self.language == "python" and "import wandapp" in self.text)
+        if "--8<--" in self.text:  # an excerpt of a file that a test runs
+            return False
+        return self.is_command or (
+            self.language == "python" and re.search(r"\bimport wandapp|\bfrom wandapp", self.text)
+        )
 
     @property
     def tiny(self) -> str:
@@ -70,6 +74,15 @@ def test_every_command_is_executed_or_says_what_it_needs(page):
         if block.is_executable and not re.match(r"runs: tiny$|needs: \w+", block.note)
     ]
     assert not bare, f"write <!-- runs: tiny --> or <!-- needs: gpu --> (network, time, ...) above:\n{bare[0]}"
+
+
+def test_the_page_of_commands_has_them_all():
+    from wandapp import cli, cli_habits
+
+    page = (ROOT / "docs/commands.md").read_text()
+    missing = [path for path, _ in cli_habits.commands(cli_habits.complete(cli.app)) if f"wandapp {path} " not in page]
+    assert missing in ([], ["doctor", "demo"])  # which take no arguments there
+    assert "wandapp doctor\n" in page and "wandapp demo\n" in page
 
 
 def executed(page: Path) -> list[Block]:

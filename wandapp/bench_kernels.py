@@ -73,7 +73,7 @@ def bench_kernels(
     output.rows(machine)
     copy_gb_s = _copy_gb_s(device)
     output.rows({"ceiling": f"a warm copy moves {copy_gb_s:.1f} GB/s, read and written"})
-    result = {"machine": machine, "copy_gb_s": copy_gb_s, "rows": [], "left_out": []}
+    result: dict[str, Any] = {"machine": machine, "copy_gb_s": copy_gb_s, "rows": [], "left_out": []}
     for shape, names in shapes.items():
         for dtype in dtypes:
             cases, left_out = _cases(Inputs(shape, dtype, device), groups or tuple(GROUPS), tuple(backends))

@@ -347,7 +347,7 @@ def record(
     tokens: Tensor,
     batch_size: int,
     *,
-    allocate: Callable[[tuple[int, ...], torch.dtype], Tensor] = torch.empty,
+    allocate: Callable[..., Tensor] = torch.empty,
 ) -> Recording:
     """Runs the model's own forward on tokens [samples, seq_len] with recorders for blocks.
 

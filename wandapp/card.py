@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -16,7 +17,9 @@ PACKED_NOTE = (
 _HUB_NAMES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
-def model_card(recipe: PruneConfig, report: dict, *, recovered: dict | None = None, measured: list[dict] = ()) -> str:
+def model_card(
+    recipe: PruneConfig, report: dict, *, recovered: dict | None = None, measured: Sequence[dict] = ()
+) -> str:
     """Markdown with YAML front matter.
 
     report     wandapp/report.json, or {} where there is none

@@ -89,7 +89,11 @@ def prune_command(
     report = run_recipe(recipe, output, track or (), resume=resume)
     if not speaks_for_all():
         return
-    sizes = {"packed": cli_packed.pack_and_show(recipe.out, packed, output, overwrite=recipe.overwrite)} if pack else {}
+    sizes = (
+        {"packed": cli_packed.pack_and_show(Path(recipe.out), packed, output, overwrite=recipe.overwrite)}
+        if pack
+        else {}
+    )
     pushed = cli_hub.push_and_show(recipe.out, push_to_hub, private, output)
     output.finish({"model": recipe.model, "out": recipe.out, **report.to_dict(), **sizes, **pushed})
 
@@ -187,12 +191,12 @@ def verify_command(
     output = Output(json_only)
     if sparsity is None:
         recipe = PruneConfig.from_yaml(folder / "wandapp" / "recipe.yaml")
-        sparsity, skip = recipe.sparsity, skip or recipe.skip
-    skip = tuple(skip or ())
+        sparsity, skip = recipe.sparsity, skip or list(recipe.skip)
+    left_out = tuple(skip or ())
     if is_packed(folder):
-        report = verify_packed(folder, sparsity, skip=skip)
+        report = verify_packed(folder, sparsity, skip=left_out)
     else:
-        report = verify_model(load_model(str(folder)).model, sparsity, skip=skip)
+        report = verify_model(load_model(str(folder)).model, sparsity, skip=left_out)
     verdict = f"ok: {report.linears} linear maps hold {sparsity}" if report.ok else f"failed: {report.first_offence}"
     output.result(f"{verdict} (sparsity {report.sparsity:.4f})")
     output.finish(

@@ -84,7 +84,7 @@ def _show_tasks(found: dict[str, Any], dense: dict[str, Any] | None, output: Out
     heads = [*columns, *([f"dense {name}" for name in columns] if dense else [])]
     output.table(["task", *heads, "shots", "documents"], rows)
     if found["mean_accuracy"] is not None:
-        beside = f" (dense {dense['mean_accuracy']:.4f})" if dense else ""
-        output.result(f"mean acc {found['mean_accuracy']:.4f}{beside}")
+        also = f" (dense {dense['mean_accuracy']:.4f})" if dense else ""
+        output.result(f"mean acc {found['mean_accuracy']:.4f}{also}")
     if found["limit"] is not None:
         output.warn(f"--limit {found['limit']:g}: not all documents, so compare with nothing else")

@@ -39,7 +39,7 @@ def with_flags_of(kind: type[Options], leave_out: tuple[str, ...] = ()) -> Calla
             command(**arguments, options={name: value for name, value in given.items() if value not in (None, [])})
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *flags)]
-        run.__signature__ = inspect.Signature(parameters)
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__doc__ = command.__doc__
         return run

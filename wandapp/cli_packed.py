@@ -47,7 +47,7 @@ def pack_and_show(
     from wandapp.packing import pack_checkpoint
 
     with output.progress("packing: file") as update:
-        options = {"sparsity": sparsity, "skip": skip, "storage": storage, "overwrite": overwrite}
+        options: dict[str, Any] = {"sparsity": sparsity, "skip": skip, "storage": storage, "overwrite": overwrite}
         summary = pack_checkpoint(folder, out, **options, on_progress=update)
     if summary.negative_zeros:
         output.warn(f"{summary.negative_zeros} weights were -0.0; unpacked they are +0.0")
@@ -137,7 +137,7 @@ def bench_inference_command(
     from wandapp.bench_inference import bench_inference
 
     output = Output(json_only)
-    options = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds, "plot": plot}
+    options: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "rounds": rounds, "plot": plot}
     options |= {"dtype": dtype, "device": device, "require_sparse": require_sparse, "compare": bool(compare)}
     result = bench_inference(folder, output, batches=batch or (1, 4, 16), **options)
     output.finish(result)

@@ -39,7 +39,9 @@ def sweep_command(
 
 def _list(sweep: Sweep, output: Output) -> None:
     rows = _rows(sweep, output)
-    jobs = [{"index": index, "name": job.name, "state": state(job, rows)} for index, job in enumerate(sweep.jobs)]
+    jobs: list[dict[str, Any]] = [
+        {"index": index, "name": job.name, "state": state(job, rows)} for index, job in enumerate(sweep.jobs)
+    ]
     output.table(["job", "name", "state"], [[str(job["index"]), job["name"], job["state"]] for job in jobs])
     output.finish({"jobs": jobs, "out": str(sweep.out)})
 

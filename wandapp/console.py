@@ -91,7 +91,7 @@ class Output:
             print(json.dumps(result), flush=True)
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Callable[[int, int, str, float | None], None]]:
+    def progress(self, title: str) -> Iterator[Callable[..., None]]:
         """A function (done, total, detail, eta_seconds) that shows how far the work is."""
         live = self.stderr.is_terminal and _verbosity is Verbosity.NORMAL
         with _live_bar(self.stderr, title) if live else _lines(self, title) as update:
@@ -138,6 +138,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
 
 
-def fail(error: Exception | str) -> None:
+def fail(error: BaseException | str) -> None:
     """One sentence on stderr."""
     print(f"wandapp: {error}", file=sys.stderr)

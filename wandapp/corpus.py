@@ -67,7 +67,8 @@ def builtin_text(part: str) -> str:
     """
     from pydoc_data.topics import topics
 
-    seen, kept = set(), []
+    seen: set[str] = set()
+    kept: list[str] = []
     for topic in sorted(topics.values(), key=lambda topic: (-len(topic), topic)):
         paragraphs = [paragraph for paragraph in re.split(r"\n\s*\n", topic) if paragraph.strip() not in seen]
         seen.update(paragraph.strip() for paragraph in paragraphs)

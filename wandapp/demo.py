@@ -17,13 +17,17 @@ from wandapp.output import check_output
 from wandapp.packing import pack_checkpoint
 from wandapp.verify import verify_model
 
-CALIBRATION = {"calibration": "pydoc", "samples": 32, "seq_len": 512}
+CALIBRATION: dict[str, Any] = {"calibration": "pydoc", "samples": 32, "seq_len": 512}
 CONTENDERS = {  # the last one is saved; wanda++ at a fifth of its usual steps, to be done in minutes
     "magnitude": CALIBRATION,
     "wanda": CALIBRATION,
     "wanda++": CALIBRATION | {"samples": 32, "seq_len": 256, "ro_rounds": 2, "ro_samples": 16},
 }
-EVALUATION = {"text": "pydoc", "seq_len": 512, "windows": 10}  # the part of the text that calibration never sees
+EVALUATION: dict[str, Any] = {
+    "text": "pydoc",
+    "seq_len": 512,
+    "windows": 10,
+}  # the part of the text that calibration never sees
 COLUMNS = {"model": "", "perplexity": ".2f", "sparsity": ".4f", "seconds": ".1f", "peak_gib": ".2f"}
 PROMPT = "In Python, a list is"
 NEW_TOKENS = 24

@@ -52,7 +52,11 @@ def evaluate_checkpoint(
     found: dict[str, Any] = {"model": str(reference), "perplexities": [], "tasks": None}
     for text in options.texts:
         on_note(f"perplexity on {text}")
-        settings = {"seq_len": options.seq_len, "windows": options.windows, "batch_size": options.batch_size}
+        settings: dict[str, Any] = {
+            "seq_len": options.seq_len,
+            "windows": options.windows,
+            "batch_size": options.batch_size,
+        }
         result = perplexity(model, tokenizer, text=text, on_progress=on_progress, **settings)
         found["perplexities"].append(result.to_dict())
     if options.tasks:

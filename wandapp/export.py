@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -208,7 +208,7 @@ def _linear_without_weight(model: nn.Module, weight: str, files: TensorFiles, na
             f"{name}: {shapes} of {types} do not make a compressed weight of this model; export it again"
         )
     linear.weight = None
-    return linear
+    return cast(nn.Linear, linear)
 
 
 def _sparse_tensor(packed: Tensor, meta: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def convert_gguf(path: Path, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = gguf_skeleton(path, dtype)
     config = model.config
-    written = []
+    written: list[Path] = []
     for tensors in _parts(path, model, dtype):
         written.append(folder / f"gguf-{len(written):05}.safetensors")
         write_shard(written[-1], tensors, {"format": "pt"})

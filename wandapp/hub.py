@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -16,10 +17,15 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from wandapp.errors import WandappError
 
-_WANTED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "wandapp/*")
-_UNWANTED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*.gguf")  # the weights again, in another form
+_WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "wandapp/*"]
+_UNWANTED = ["consolidated*", "original/*", "onnx/*", "openvino/*", "*.gguf"]  # the weights again, in another form
 # Of the hub's client: answers, names, and (the class beneath its own, of httpx or httpx2) a network that fails.
-_FAILURES = (OSError, ValueError, HfHubHTTPError, HfHubHTTPError.__mro__[1])
+_FAILURES: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    HfHubHTTPError,
+    cast(type[Exception], HfHubHTTPError.__mro__[1]),
+)
 
 
 def download(repo: str) -> Path:

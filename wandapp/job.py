@@ -89,7 +89,7 @@ def companion_files(config: PruneConfig, report: PruneReport) -> dict[str, str]:
 
 def _open(config: PruneConfig, run: RunFolder, ranks: Ranks, say) -> tuple[ModelStore, Any]:
     """(store, tokenizer)."""
-    options = {"skip": config.skip, "device": resolve_device(config.device), "run": run}
+    options: dict[str, Any] = {"skip": config.skip, "device": resolve_device(config.device), "run": run}
     if not streams(config, say):
         say(f"loading {config.model}")
         model, tokenizer = load_model(config.model, dtype=config.dtype)

@@ -48,7 +48,10 @@ def layer_shapes(model: str) -> dict[Shape, list[str]]:
 
     _, blocks = find_blocks(skeleton(model))
     return _distinct(
-        [(_last_word(name), tuple(view.weight.shape)) for name, view in find_linears(blocks[0], "").items()]
+        [
+            (_last_word(name), (view.weight.shape[0], view.weight.shape[1]))
+            for name, view in find_linears(blocks[0], "").items()
+        ]
     )
 
 

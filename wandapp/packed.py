@@ -65,7 +65,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    format: Literal[FORMAT]
+    format: Literal[FORMAT]  # type: ignore[valid-type]  # the constant's value
     version: Literal[1, 2]
     pattern: Name
     files: list[Name]

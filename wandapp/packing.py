@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -147,7 +147,7 @@ Shard = Iterable[tuple[str, Tensor]]
 
 
 def write_shards(
-    folder: Path, stem: str, shards: list[Shard], on_progress: Progress | None = None
+    folder: Path, stem: str, shards: Sequence[Shard], on_progress: Progress | None = None
 ) -> dict[str, list[str]]:
     """One safetensors file per shard, each made when it is written; names of their tensors by file."""
     written: dict[str, list[str]] = {}

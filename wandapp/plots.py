@@ -7,11 +7,13 @@ serves light, dark and paper.
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import numpy
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from wandapp import histograms
 from wandapp.runs import Run
@@ -19,7 +21,7 @@ from wandapp.runs import Run
 INK, SOFT, LINE, PAPER = "#1c2526", "#5f6d6e", "#d9e0df", "#fefefe"
 SERIES = ("#0f766e", "#c2410c", "#4f46e5", "#a21caf", "#4d7c0f", "#0369a1")
 _VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PAPER: "paper"} | {c: f"s{i + 1}" for i, c in enumerate(SERIES)}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "wandapp",
     "font.size": 9,
@@ -88,7 +90,7 @@ def block_errors(axes: Axes, runs: Sequence[Run]) -> None:
         if any(numpy.isfinite(before)):
             axes.plot(before, color=colour, linestyle=":", linewidth=1.2)
     axes.set(xlabel="block", ylabel="relative error of its outputs", ylim=(0, None))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
 
 
@@ -175,8 +177,9 @@ def tradeoff(axes: Axes, points: Sequence[tuple[str, str, float, float]], label:
     for _, colour, x, y in points:
         axes.scatter([x], [y], color=colour, s=36, zorder=3)
     axes.margins(0.18)
-    axes.figure.draw_without_rendering()  # places are known from here on
-    height, pixels = -numpy.inf, axes.figure.dpi / 72
+    figure = cast(Figure, axes.figure)
+    figure.draw_without_rendering()  # places are known from here on
+    height, pixels = -numpy.inf, figure.dpi / 72
     for name, _, x, y in sorted(points, key=lambda point: point[3]):
         wanted = axes.transData.transform((x, y))[1] + 4 * pixels
         height = max(wanted, height + 11 * pixels)  # labels of neighbours stand above each other

@@ -9,8 +9,9 @@ Where several ranks share the samples, each measures its own; the sums over all 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,10 +122,11 @@ class Measurements:
         """Gives a linear map empty statistics, or its leader's; those it has already stay."""
         self.leader[view.name] = leader
         shape = self.samples, view.weight.shape[1], view.weight.device
-        for need, statistics, create in (
+        kinds: tuple[tuple[str, dict[str, Any], Callable[..., Any]], ...] = (
             ("column_norm", self.norms, ColumnNorm),
             ("hessian", self.hessians, Hessian),
-        ):
+        )
+        for need, statistics, create in kinds:
             if need in needs and view.name not in statistics:
                 statistics[view.name] = create(*shape) if leader == view.name else statistics[leader]
         if "regional_gradient" in needs and view.name not in self.gradients:

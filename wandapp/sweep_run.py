@@ -31,7 +31,7 @@ def run_job(sweep: Sweep, job: Job, output: Output) -> dict[str, Any]:
     if state(job, rows) == "done":
         return rows[job.key]
     started = time.monotonic()
-    row = {"key": job.key, "name": job.name, "kind": job.kind, "recipe": job.options}
+    row: dict[str, Any] = {"key": job.key, "name": job.name, "kind": job.kind, "recipe": job.options}
     try:
         result = {} if job.is_dense else {"report": _prune(sweep, job, output)}
         if job.evaluate:

@@ -148,7 +148,8 @@ class _WatchedModel(HFLM):
 
 def _expand(names: Sequence[str], num_fewshot: int | None) -> tuple[list[str], int | None, dict[str, str]]:
     """(task names, examples per prompt, folder of each local task) that `names` stand for."""
-    expanded, local = [], {}
+    expanded: list[str] = []
+    local: dict[str, str] = {}
     for name in names:
         path = Path(name)
         if name in PRESETS:

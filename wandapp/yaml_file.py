@@ -26,7 +26,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, position: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem=f"the alias *{event.anchor} is refused", problem_mark=event.start_mark)
+            mark: Any = event.start_mark  # the C reader's mark is no yaml.Mark to a type checker
+            raise yaml.MarkedYAMLError(problem=f"the alias *{event.anchor} is refused", problem_mark=mark)
         return super().compose_node(parent, position)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:

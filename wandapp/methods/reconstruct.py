@@ -36,7 +36,7 @@ class Reconstruction(Refiner):
         return self.config.reconstruct_passes == 0
 
     @property
-    def loss(self) -> str:
+    def loss(self) -> str:  # type: ignore[override]  # a class's constant elsewhere, an option here
         return self.config.reconstruct_loss
 
     def parameters(self, block: DecoderBlock) -> list[nn.Parameter]:
