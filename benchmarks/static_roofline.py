@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from wandapp.kernels.column_sumsq import triton_impl as column_sumsq
 from wandapp.kernels.compensate import triton_impl as compensate
 from wandapp.kernels.pack import triton_impl as pack
+from wandapp.kernels.rmsprop import triton_impl as rmsprop
 from wandapp.kernels.select import triton_impl as select
 from wandapp.kernels.sparse_linear import triton_impl as sparse_linear
 
@@ -70,7 +71,7 @@ class Report:
 
 
 def cases() -> list[Case]:
-    return [*statistics_cases(), *select_cases(), *pack_cases(), *decode_cases()]
+    return [*statistics_cases(), *select_cases(), *wide_row_cases(), *pack_cases(), *row_pack_cases(), *decode_cases()]
 
 
 def statistics_cases() -> list[Case]:
@@ -88,7 +89,13 @@ def statistics_cases() -> list[Case]:
         {"mask_ptr": None, "N": 2, "M": 4, "BLOCK_ROWS": compensate.BLOCK_ROWS, "BLOCK_COLS": 128},
         compensate.BLOCK_ROWS * 128, 13, 13, trips=(128, 4), bytes_asked=compensate.BLOCK_ROWS * 512, streams=False,
     )  # fmt: skip
-    return [sumsq, block]
+    pointers = {"weight_ptr": "*fp32", "gradient_ptr": "*bf16", "mean_square_ptr": "*fp32"}
+    rates = dict.fromkeys(("lr", "decay", "rest", "epsilon"), "fp32")
+    step = Case(
+        "rmsprop_ bf16 gradient", rmsprop._rmsprop_kernel, pointers | rates, {"BLOCK": rmsprop.BLOCK}, rmsprop.BLOCK, 18, 18,
+        warps=8, bytes_asked=10 * rmsprop.BLOCK,
+    )  # fmt: skip
+    return [sumsq, block, step]
 
 
 def select_cases() -> list[Case]:
@@ -132,6 +139,23 @@ def select_cases() -> list[Case]:
     return found
 
 
+def wide_row_cases() -> list[Case]:
+    """The radix search of rows wider than one program: it reads the weight six times."""
+    block, steps = select.WIDE_BLOCK, select.WIDE_STEPS
+    shared = {"gradient_ptr": None, "BLOCK_COLS": block}
+    source = {"weight_ptr": "*bf16", "column_scale_ptr": "*fp32", "found_ptr": "*i32", "alpha": "fp32"}
+    options = {"bytes_asked": 2 * block}
+    count, ties = source | {"counts_ptr": "*i32", "offender_ptr": "*u64"}, source | {"ties_ptr": "*i64"}
+    write = source | {"output_ptr": "*u8", "before_ptr": "*i64", "wanted_ptr": "*i64"}
+    digits = {**shared, "DIGIT_SHIFT": 16, "STEPS": steps}
+    return [
+        Case("wide rows: digits", select._count_digits_kernel, count, digits, block * steps, 2, 2, trips=(steps,), **options),
+        Case("wide rows: ties", select._count_ties_kernel, ties, shared, block, 2, 2, **options),
+        Case("wide rows: writing", select._write_wide_rows_kernel, write, {**shared, "PRUNE": True}, block, 4.125, 4.125,
+             **options),
+    ]  # fmt: skip
+
+
 def select_pointers(terms: str, output: str) -> dict:
     pointers = {"weight_ptr": "*bf16", "column_scale_ptr": "*fp32", "output_ptr": output, "offender_ptr": "*u64"}
     return {**pointers, "alpha": "fp32", **({"gradient_ptr": "*fp32"} if "g" in terms else {})}
@@ -154,6 +178,21 @@ def pack_cases() -> list[Case]:
             Case(f"pack {n}:{m} bf16", kernel, pointers, constants, weights, moved, moved, bytes_asked=weights * 2)
         )
     return found
+
+
+def row_pack_cases() -> list[Case]:
+    """Packing by row offsets, two passes, and unpacking; a program takes a row of 4096."""
+    cols, block = 4096, pack.BLOCK_COLS
+    constants, options = {"BLOCK_COLS": block}, {"trips": (cols // block,), "bytes_asked": 2 * block}
+    mark = {"weight_ptr": "*bf16", "bitmask_ptr": "*u8", "counts_ptr": "*i32"}
+    write = {"weight_ptr": "*bf16", "row_offsets_ptr": "*i64", "values_ptr": "*bf16"}
+    unpack = {"values_ptr": "*bf16", "bitmask_ptr": "*u8", "dense_ptr": "*bf16"}
+    dense = {**constants, "row_offsets_ptr": None}
+    return [
+        Case("pack 50%: marking", pack._mark_nonzeros_kernel, mark, constants, cols, 2.125, 2.125, **options),
+        Case("pack 50%: writing", pack._write_nonzeros_kernel, write, constants, cols, 3, 3, **options),
+        Case("unpack 2:4 bf16", pack._unpack_kernel, unpack, dense, cols, 3.125, 3.125, **options),
+    ]
 
 
 def decode_cases() -> list[Case]:

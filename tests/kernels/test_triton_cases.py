@@ -90,7 +90,7 @@ def check_selection(select, prune_, weight, column_scale, gradient, **options):
 @pytest.mark.parametrize("dtype, n, m", each_dtype_and(PATTERNS))
 def test_nm_choice_is_bit_equal(dtype, n, m):
     which = {(2, 4): "scale gradient", (4, 8): "scale", (3, 4): "gradient"}.get((n, m), "")
-    for rows, cols in SHAPES:
+    for rows, cols in [*SHAPES, (2, 3 * m)]:  # the last: a byte of the bitmask that is not full
         weight = strided(rows, cols, dtype)
         check_selection(select_nm, prune_nm_, weight, *terms(rows, cols, which), n=n, m=m, alpha=100.1)
 
@@ -205,7 +205,7 @@ def sparse_weight(rows, cols, dtype, n, m):
 
 @pytest.mark.parametrize("dtype, n, m", each_dtype_and([*PATTERNS, (None, None)]))
 def test_packed_form_is_bit_equal(dtype, n, m):
-    for rows, cols in SHAPES:
+    for rows, cols in [*SHAPES, (2, 3 * (m or 4))]:
         weight = sparse_weight(rows, cols, dtype, n, m)
         packed = pack(device_strided(weight), n=n, m=m, backend="triton")
         expected = pack(weight, n=n, m=m, backend="reference")
@@ -285,6 +285,11 @@ def test_sparse_linear_matches_the_dense_product(dtype, n, m, tokens, rows, cols
 def test_decode_takes_1_to_16_tokens(dtype, n, tokens):
     """2:4 on the tensor cores, by row offsets, and 2:4 in fp32, which goes the way of the offsets."""
     check_product(dtype, n, n and 4, tokens, 19, 64)
+
+
+def test_columns_split_over_programs_are_added():
+    """As few rows as these leave multiprocessors idle, so programs share them: three splits, the last one short."""
+    check_product(torch.bfloat16, 2, 4, 3, 5, 3100)
 
 
 def check_product(dtype, n, m, tokens, rows, cols):
