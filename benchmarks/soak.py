@@ -18,6 +18,8 @@ import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
+import os
 import random
 import resource
 import shutil
@@ -33,11 +35,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from wandapp import save_pruned
+import wandapp.inference  # noqa: F401, what the forks would import
+import wandapp.job  # noqa: F401
+from wandapp import cli, save_pruned
 from wandapp.console import Output
 from wandapp.doctor import describe_machine, examine
 
-BLOCKS, HIDDEN = 8, 256
+BLOCKS, HIDDEN = 6, 256
 TOKENS = 16, 128  # samples, seq_len
 ROOM = 512 << 20  # of the small disk; its files are a quarter of that
 RECIPES = {
@@ -56,7 +60,7 @@ class Soak:
 
     def __init__(self, work: Path, minutes: float, seed: int):
         self.work, self.rng = work, random.Random(seed)
-        self.deadline = time.monotonic() + 60 * minutes
+        self.minutes, self.deadline = minutes, 0.0
         self.counts: dict[str, Counter] = {name: Counter() for name in RECIPES}
         self.mismatches: list[str] = []
         self.expected: dict[str, str] = {}
@@ -73,6 +77,7 @@ class Soak:
             self.seconds[name] = time.monotonic() - start
             self.expected[name] = digest(out)
         names = list(RECIPES)
+        self.deadline = time.monotonic() + 60 * self.minutes
         while time.monotonic() < self.deadline:
             self._job(names[sum(count["jobs"] for count in self.counts.values()) % len(names)])
 
@@ -109,15 +114,14 @@ class Soak:
             return False
         with self._place(harm, out) as place:
             limit = self.rng.choice([10, 1000, 100_000, 1_000_000]) if harm == "fsize" else None
-            process = self._start(command(place), limit)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(delay if harm in ("kill", "stop", "vanish") else None)
-            is_alive = process.poll() is None
+            run = self._start(command(place), limit)
+            run.wait(delay if harm in ("kill", "stop", "vanish") else None)
+            is_alive = run.code is None
             if is_alive:
-                self._act(harm, process, place)
-            said = process.communicate()[1]
-            code = process.returncode
-            self._judge(name, harm, code, said, is_alive, place)
+                self._act(harm, run, place)
+                run.wait(None)
+            code = run.code
+            self._judge(name, harm, code, run.said, place)
             count[harm] += is_alive or code != 0
             if code:
                 count["resumed"] += Path(f"{place}.partial").exists()
@@ -128,17 +132,17 @@ class Soak:
                 shutil.move(place, out)
         return out.exists()
 
-    def _act(self, harm: str, process: subprocess.Popen, place: Path) -> None:
+    def _act(self, harm: str, run: "Command", place: Path) -> None:
         if harm == "kill":
-            process.kill()
+            os.kill(run.pid, signal.SIGKILL)
         elif harm == "stop":
-            process.send_signal(signal.SIGINT)
+            os.kill(run.pid, signal.SIGINT)
         elif harm == "vanish":
             shutil.rmtree(f"{place}.partial", ignore_errors=True)
 
-    def _judge(self, name: str, harm: str, code: int, said: str, is_alive: bool, place: Path) -> None:
+    def _judge(self, name: str, harm: str, code: int, said: str, place: Path) -> None:
         """Every end that is not one of the allowed ones is a mismatch."""
-        allowed = {"kill": {0, -9}, "stop": {0, 3, -2}, "vanish": {0, 2}, "fsize": {0, 2}, "full": {0, 2}}[harm]
+        allowed = {"kill": {0, -9}, "stop": {0, 3}, "vanish": {0, 2}, "fsize": {0, 2}, "full": {0, 2}}[harm]
         if code not in allowed or "Traceback" in said:
             self._mismatch(name, f"{harm}: exit code {code}: {said[-600:]}")
         if code and place.exists():
@@ -185,25 +189,20 @@ class Soak:
         recipe.write_text("".join(f"{key}: '{value}'\n" for key, value in lines.items()))
         return ["prune", "--config", recipe, "--out", out, "--resume"]
 
-    def _prune(self, name: str, out: Path) -> subprocess.CompletedProcess:
+    def _prune(self, name: str, out: Path) -> "Command":
         return self._wandapp(self._prune_command(name, out))
 
-    def _start(self, arguments: list, file_bytes: int | None = None) -> subprocess.Popen:
-        def limit() -> None:
-            if file_bytes is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    def _start(self, arguments: list, file_bytes: int | None = None) -> "Command":
+        return Command([str(argument) for argument in arguments], self.work / "stderr", file_bytes)
 
-        command = [sys.executable, "-m", "wandapp", *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=limit)
+    def _wandapp(self, arguments: list) -> "Command":
+        command = self._start(arguments)
+        command.wait(None)
+        return command
 
-    def _wandapp(self, arguments: list) -> subprocess.CompletedProcess:
-        process = self._start(arguments)
-        said = process.communicate()[1]
-        return subprocess.CompletedProcess(arguments, process.returncode, "", said)
-
-    def _must(self, name: str, run: subprocess.CompletedProcess, code: int) -> None:
-        if run.returncode != code:
-            self._mismatch(name, f"{run.args[0]}: exit code {run.returncode}, not {code}: {run.stderr[-600:]}")
+    def _must(self, name: str, run: "Command", code: int) -> None:
+        if run.code != code:
+            self._mismatch(name, f"{run.arguments[0]}: exit code {run.code}, not {code}: {run.said[-600:]}")
 
     def _compare(self, name: str, folder: Path) -> None:
         if digest(folder) != self.expected[name]:
@@ -214,10 +213,46 @@ class Soak:
         self.mismatches.append(f"{name}: {what}")
 
 
+class Command:
+    """`wandapp ARGUMENTS` in a fork of this process, which has imported it already: kills fall into work, not into imports.
+
+    code   exit code, minus the signal's number where one killed it, None while it runs;  said: its stderr
+    """
+
+    def __init__(self, arguments: list[str], stderr: Path, file_bytes: int | None):
+        self.arguments, self._stderr = arguments, stderr
+        self._process = multiprocessing.get_context("fork").Process(target=_child, args=(arguments, stderr, file_bytes))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def wait(self, seconds: float | None) -> None:
+        self._process.join(seconds)
+
+    @property
+    def code(self) -> int | None:
+        return self._process.exitcode
+
+    @property
+    def said(self) -> str:
+        return self._stderr.read_text(errors="replace")
+
+
+def _child(arguments: list[str], stderr: Path, file_bytes: int | None) -> None:
+    """The command line, with its output out of the way."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    sys.argv = ["wandapp", *arguments]
+    cli.main()
+
+
 def make_model(folder: Path) -> None:
     """A random Llama of BLOCKS blocks, and its calibration tokens beside it."""
     from safetensors.torch import save_file
 
+    torch.set_num_threads(1)  # a process that has threads of its own cannot be forked
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=HIDDEN,

@@ -91,7 +91,7 @@ def _export(
     groups: dict[Path, list[str]] = {}
     for tensor in checkpoint.tensors:
         groups.setdefault(checkpoint.path_of_tensor(tensor), []).append(tensor)
-    with output_folder(out, overwrite) as partial:
+    with output_folder(out, overwrite, checkpoint.folder) as partial:
         copy_companions(checkpoint.folder, partial)
         shards = [_shard(groups[path], checkpoint, compressed, dtype, summary) for path in sorted(groups)]
         write_dense_index(partial, write_shards(partial, "model", shards, on_progress), summary.exported_bytes)
