@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from wandapp import PruneConfig, WandappError, load_model, save_pruned
 from wandapp.calibration import load_calibration
+from wandapp.manifest import Manifest
 from wandapp.sweep import Sweep
 from wandapp.weight_files import checkpoint_tensors
 
@@ -171,6 +172,36 @@ def test_model_configurations(data, checkpoint, copy):
     changed = config | data.draw(st.dictionaries(keys, VALUES, min_size=1, max_size=2))
     with instead(copy / "config.json", json.dumps(changed).encode()), one_sentence():
         load_model(copy)
+
+
+RUN = Manifest(
+    blocks=3,
+    recipe={"method": "wanda", "sparsity": "2:4"},
+    recipe_sha256="0" * 64,
+    source=[],
+    calibration_sha256="1" * 64,
+    batch_size=4,
+    ranks=1,
+    threads=1,
+    device="cpu",
+    backend="cpu",
+    dtype="float32",
+    versions={"torch": "2"},
+)
+
+
+@fuzz(100)
+@given(data=st.data())
+def test_run_manifests(data, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "out.partial" / "wandapp" / "run.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = data.draw(st.dictionaries(st.sampled_from(sorted(Manifest.model_fields)), VALUES, max_size=2))
+    changed = json.dumps(json.loads(RUN.model_dump_json()) | fields).encode()
+    path.write_bytes(data.draw(st.just(changed) | damaged(changed)))
+    with one_sentence():
+        earlier = Manifest.read(path)
+        assert 1 <= earlier.threads <= 4096
+        RUN.require_same(earlier, path.parents[1])
 
 
 JSONL = b'{"text": "The sea is deep."}\n{"text": "The sky is \\u00e9 high.", "n": 1}\n' * 3

@@ -603,6 +603,30 @@ GGUFS = {
     "a .gguf that is a folder": (folder_instead("bad.gguf"), f"prune bad.gguf --out out {PYDOC}", "bad.gguf"),
     "a .gguf that links to itself": (link("bad.gguf", "bad.gguf"), f"prune bad.gguf --out out {PYDOC}", "bad.gguf"),
 }
+
+
+def unfinished(manifest_text: str | None, block: bytes | None = None):
+    """OUT.partial of an interrupted run: one finished block, and a manifest."""
+
+    def damage() -> None:
+        os.makedirs("out.partial/wandapp")
+        weights = Path("tiny/model.safetensors").read_bytes() if block is None else block
+        Path("out.partial/model-00001-of-00004.safetensors").write_bytes(weights)
+        if manifest_text is not None:
+            Path("out.partial/wandapp/run.json").write_text(manifest_text)
+
+    return damage
+
+
+RESUME = f"{PRUNE} --resume"
+RUNS = {
+    "an unfinished run in the way": (unfinished("{}"), PRUNE, "continue it with --resume"),
+    "an unfinished run without its manifest": (unfinished(None), RESUME, "run.json: cannot be read"),
+    "an unfinished run with an empty manifest": (unfinished("{}"), RESUME, "run.json: cannot be read"),
+    "an unfinished run with a manifest of brackets": (unfinished("[" * 100_000), RESUME, "run.json: cannot be read"),
+    "an unfinished run with a damaged block": (unfinished("{}", b"\xff" * 100), RESUME, "out.partial"),
+    "OUT.partial is a file": (write("out.partial", "precious"), RESUME, "out.partial"),
+}
 SWEEP = "sweep sweep.yaml"
 SWEEPS = {
     "no sweep file": (lambda: None, SWEEP, "sweep.yaml: the sweep cannot be read"),
@@ -665,7 +689,7 @@ SWEEPS = {
     "a sweep of aliases": (write("sweep.yaml", f"{LOL}out: *a9\n"), SWEEP, "alias"),
     "a job that does not exist": (write("sweep.yaml", "out: runs\nmodels: [tiny]\n"), f"{SWEEP} --job 7", "job 7"),
 }
-CASES = SWEEPS | WEIGHTS | CONFIGS | TOKENIZERS | TEXTS | RECIPES | OUTPUTS | PACKED | GGUFS
+CASES = RUNS | SWEEPS | WEIGHTS | CONFIGS | TOKENIZERS | TEXTS | RECIPES | OUTPUTS | PACKED | GGUFS
 
 
 @pytest.fixture
@@ -678,8 +702,9 @@ def place(originals, tmp_path, monkeypatch) -> Path:
 
 
 def snapshot(place: Path) -> dict[str, int]:
-    """Every path under `place`, with the time a file was last written."""
-    return {str(path): path.lstat().st_mtime_ns * (not path.is_dir()) for path in sorted(place.rglob("*"))}
+    """Every path under `place`, with the time a file was last written; a lock that nobody holds is nothing."""
+    paths = (path for path in sorted(place.rglob("*")) if path.name != "lock")
+    return {str(path): path.lstat().st_mtime_ns * (not path.is_dir()) for path in paths}
 
 
 @pytest.mark.parametrize("case", CASES)

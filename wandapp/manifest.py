@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wandapp.config import PruneConfig
-from wandapp.errors import WandappError
+from wandapp.errors import WandappError, shorten
 
+MAX_BYTES = 16 << 20  # of a manifest; ours are a few kilobytes
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 _SAMPLED_PAGES, _PAGE_BYTES = 256, 4096
 _PACKAGES = ("wandapp", "torch", "transformers")
@@ -49,7 +50,7 @@ class Manifest(BaseModel):
     calibration_sha256: str
     batch_size: int
     ranks: int
-    threads: int
+    threads: int = Field(ge=1, le=4096)
     device: str
     backend: str
     dtype: str
@@ -59,9 +60,10 @@ class Manifest(BaseModel):
     def read(cls, path: Path) -> "Manifest":
         """The manifest in a JSON file."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            with open(path, "rb") as file:
+                return cls.model_validate_json(file.read(MAX_BYTES))  # what is longer is no JSON then
         except (OSError, ValidationError) as error:
-            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+            reason = shorten(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else error.strerror
             raise WandappError(
                 f"{path}: cannot be read ({reason}), so nobody knows which run it belongs to; delete {path.parents[1]} "
                 "to start over"
@@ -81,9 +83,10 @@ class Manifest(BaseModel):
                     [(file.name, file.bytes, file.sample_sha256[:12]) for file in files] for files in (now, then)
                 )
                 now, then = next((a, b) for a, b in zip((*now, None), (*then, None), strict=False) if a != b)
+            name, then, now = shorten(name), shorten(repr(then)), shorten(repr(now))
             raise WandappError(
-                f"{partial}: the interrupted run cannot be continued, because {name} was {then!r} and is now {now!r}; make "
-                "it the same again, or delete that folder to start over"
+                f"{partial}: the interrupted run cannot be continued, because {name} was {then} and is now {now}; make it "
+                "the same again, or delete that folder to start over"
             )
 
 
