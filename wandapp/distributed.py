@@ -138,6 +138,7 @@ class _Job(Ranks):
     def __init__(self, device: torch.device):
         try:
             store, self.rank, self.size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
+            store = dist.PrefixStore(_attempt(self.size), store)
             self._pulse = _Pulse(store.clone(), self.rank, self.size)
             self._pulse.start()
             if device.type == "cuda":
@@ -203,6 +204,15 @@ class _Job(Ranks):
             raise SystemExit(2) from error
         elif isinstance(error, WandappError):
             raise error if self.is_first else RankError(f"rank {self.rank}: {error}") from error
+
+
+def _attempt(size: int) -> str:
+    """Keeps a job that torchrun restarts (--max-restarts) from reading what its earlier attempt left in the store.
+
+    On one machine torchrun keeps the store and counts for all ranks; on several each attempt gets a new store.
+    """
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+    return f"wandapp-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if is_one_machine else ''}"
 
 
 @contextmanager
