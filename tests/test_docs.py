@@ -32,6 +32,7 @@ TINY = {  # what a tiny model gets instead
     r"^(wandapp eval \S+)": r"\g<1> --windows 2",
     r"(--windows |windows=)\d+": r"\g<1>2",
     r"(perplexity\(.*seq_len=\d+)\)": r"\g<1>, windows=2)",
+    r"(--held-out )\d+": r"\g<1>1",
     r"(--(?:max-new|new|prompt)-tokens )\d+": r"\g<1>4",
 }
 

@@ -55,7 +55,7 @@ def pack(weight: Tensor, *, n: int | None = None, m: int | None = None, backend:
         check_group(n, m, weight.shape[1])
     values, bitmask, row_offsets = _pack(unit_column_stride(weight), n, m, backend)
     pattern = None if n is None else (n, m)
-    return Packed(values, bitmask, row_offsets if n is None else None, tuple(weight.shape), pattern)
+    return Packed(values, bitmask, row_offsets if n is None else None, (weight.shape[0], weight.shape[1]), pattern)
 
 
 def unpack(
@@ -126,7 +126,7 @@ def join_rows(parts: list[Packed]) -> Packed:
     require(
         len({part.values.dtype for part in parts}) == 1, "values of joined rows must be of one dtype; pack them anew"
     )
-    values, bitmask = (torch.cat([part[index] for part in parts]) for index in (0, 1))
+    values, bitmask = torch.cat([part.values for part in parts]), torch.cat([part.bitmask for part in parts])
     scale = None if parts[0].scale is None else torch.cat([part.scale for part in parts])
     row_offsets = None
     if parts[0].row_offsets is not None:

@@ -46,7 +46,7 @@ class GradientCache:
         """The sums [out_features, in_features] fp32 by linear map, mapped from the files; None where there is no entry."""
         if not self.path.is_dir():
             return None
-        sums = {}
+        sums: dict[str, Tensor] = {}
         for path in sorted(self.path.glob("*.safetensors")):
             try:
                 with safe_open(path, framework="pt") as file:
