@@ -4,6 +4,7 @@ Tolerances on logits, relative to the largest: products are summed in fp32 in an
 hundred additions of 2^-24 through three blocks); bf16 3e-2 and fp16 4e-3: each block rounds its outputs to 8 and 11 bits.
 """
 
+import copy
 import json
 import sys
 import weakref
@@ -85,8 +86,9 @@ def test_greedy_text_is_the_dense_model_s_in_every_family(packed_checkpoint, tin
         assert torch.equal(generate(sparse, prompt(batch)), generate(dense, prompt(batch)))
 
 
-def test_static_cache_and_unstructured_weights(packed_checkpoint):
-    dense, packed = packed_checkpoint("llama", "0.5")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_static_cache_and_unstructured_weights(packed_checkpoint, family):
+    dense, packed = packed_checkpoint(family, "0.5")
     sparse = load_sparse(packed)
     expected = generate(dense, prompt(2))
     assert torch.equal(generate(sparse, prompt(2), cache_implementation="static"), expected)
@@ -116,6 +118,30 @@ def test_int8_scales_stay_fp32_and_the_model_can_be_saved_again(pruned_checkpoin
     again = load_sparse(tmp_path / "again")
     assert torch.equal(again.model.layers[0].mlp.up_proj.values, module.values)
     assert torch.allclose(again(prompt()).logits, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_a_compiled_model_writes_the_same_text(packed_checkpoint, family):
+    """The whole forward in graphs, one registered operator per linear map; aot_eager traces what inductor would compile."""
+    dense, packed = packed_checkpoint(family, "2:4")
+    sparse = load_sparse(packed)
+    expected = generate(dense, prompt(2))
+    sparse.forward = torch.compile(sparse.forward, backend="aot_eager")
+    assert torch.equal(generate(sparse, prompt(2)), expected)
+    with torch.no_grad():
+        graphs = torch._dynamo.explain(load_sparse(packed).forward)(prompt(2), use_cache=False)
+    assert graphs.graph_count == 1, graphs.break_reasons
+
+
+def test_a_copy_saves_itself(packed_checkpoint, tmp_path):
+    """save_pretrained belongs to the instance, so a copy must not save the model that it was copied from."""
+    sparse = load_sparse(packed_checkpoint("llama", "2:4")[1])
+    other = copy.deepcopy(sparse)
+    with torch.no_grad():
+        other.model.norm.weight.fill_(3.0)
+    other.save_pretrained(tmp_path / "saved")
+    assert load_model(tmp_path / "saved").model.model.norm.weight.eq(3.0).all()
 
 
 def test_tied_embeddings_stay_tied_and_biases_arrive(packed_checkpoint):

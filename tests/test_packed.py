@@ -127,6 +127,7 @@ def _packed(folder: Path, out: Path) -> Path:
 
 _PACK = """
 import resource, sys
+from wandapp import load_sparse, save_sparse
 from wandapp.packing import pack_checkpoint, unpack_checkpoint
 from wandapp.models import skeleton
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -136,12 +137,17 @@ before = peak()
 pack_checkpoint(folder, folder + "-packed", sparsity="2:4")
 packed = peak()
 unpack_checkpoint(folder + "-packed", folder + "-dense")
-print(packed - before, peak() - before)
+unpacked = peak()
+model = load_sparse(folder + "-packed")
+loaded = peak()
+save_sparse(model, folder + "-again")
+save_sparse(model, folder + "-back", packed=False)
+print(packed - before, unpacked - before, loaded - before, peak() - before)
 """
 
 
 def test_memory_stays_below_two_blocks(tiny_model, tmp_path):
-    """A checkpoint of 350 MB, whose blocks take 29 MB each."""
+    """A checkpoint of 350 MB (packed 186), whose blocks take 29 MB each; a loaded model is packed and never dense."""
     width = 1024
     model, config = tiny_model("llama", num_key_value_heads=4)
     config.hidden_size = config.intermediate_size = width
@@ -161,8 +167,9 @@ def test_memory_stays_below_two_blocks(tiny_model, tmp_path):
     command = [sys.executable, "-c", _PACK, str(tmp_path / "large")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    packing, unpacking = map(int, run.stdout.split())
+    packing, unpacking, loading, saving = map(int, run.stdout.split())
     assert packing < 58 and unpacking < 58
+    assert loading < 186 + 58 and saving < 186 + 2 * 58
     shutil.rmtree(tmp_path)
 
 

@@ -190,7 +190,7 @@ import sys, torch
 from wandapp import load_model, load_sparse, routing
 packed, folder, table = sys.argv[1:]
 dense, tokens = load_model(folder).model, torch.arange(5)[None]
-options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=3, do_sample=False, pad_token_id=257)
+options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=2, do_sample=False, pad_token_id=257)
 sparse = load_sparse(packed, routes=routing.RoutingTable.read(table) if table else None)
 print(sparse.model.layers[0].mlp.up_proj.kernel(1))
 assert torch.equal(sparse.generate(tokens, **options), dense.generate(tokens, **options))
