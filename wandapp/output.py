@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from wandapp.errors import WandappError, shorten
 
 LOCK = "wandapp/lock"
-FINISHED_BLOCK = "model-*.safetensors"  # in OUT.partial: what a resumable run has finished
+MANIFEST = "wandapp/run.json"  # of a run that can be resumed
 
 
 def partial_of(out: str | Path) -> Path:
@@ -86,9 +86,10 @@ def _refuse_long_names(out: Path, ancestor: Path) -> None:
 def refuse_unfinished(out: str | Path) -> None:
     """Raise where an earlier run left finished blocks in OUT.partial, which a new run would throw away."""
     partial = partial_of(out)
-    if blocks := len(list(partial.glob(FINISHED_BLOCK))):
+    blocks = len(list(partial.glob("model-*.safetensors")))
+    if blocks and (partial / MANIFEST).is_file():
         raise WandappError(
-            f"{partial}: holds {blocks} finished {'file' if blocks == 1 else 'files'} of an interrupted run; continue it "
+            f"{partial}: holds {blocks} finished {'block' if blocks == 1 else 'blocks'} of an interrupted run; continue it "
             "with --resume, or delete that folder to start over"
         )
 

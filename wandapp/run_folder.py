@@ -28,10 +28,20 @@ from wandapp.distributed import Ranks, program
 from wandapp.errors import Interrupted, WandappError
 from wandapp.manifest import Manifest
 from wandapp.methods.base import BlockRecord
-from wandapp.output import check_output, clear, locked, partial_of, put_in_place, refuse_unfinished, tidy, write_files
+from wandapp.output import (
+    MANIFEST,
+    check_output,
+    clear,
+    locked,
+    partial_of,
+    put_in_place,
+    refuse_unfinished,
+    tidy,
+    write_files,
+)
 from wandapp.shards import ShardReader, disk_tensor, shard_metadata, write_index, write_shard
 
-MANIFEST, RECIPE, _SCRATCH = "wandapp/run.json", "wandapp/recipe.yaml", "wandapp/scratch"
+RECIPE, _SCRATCH = "wandapp/recipe.yaml", "wandapp/scratch"
 
 
 class RunFolder:
