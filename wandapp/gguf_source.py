@@ -17,7 +17,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from wandapp.errors import WandappError
 from wandapp.manifest import fingerprint
-from wandapp.models import load_tokenizer, quiet_transformers
+from wandapp.models import load_tokenizer, quiet_transformers, save_companions
 from wandapp.shards import write_index, write_shard
 
 _COMPLETE = "complete.json"
@@ -34,19 +34,12 @@ def convert_gguf(path: Path, folder: Path, dtype: torch.dtype) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     model = gguf_skeleton(path, dtype)
-    config = model.config
     written: list[Path] = []
     for tensors in _parts(path, model, dtype):
         written.append(folder / f"gguf-{len(written):05}.safetensors")
         write_shard(written[-1], tensors, {"format": "pt"})
     write_index(folder, written)
-    config.dtype = str(dtype).removeprefix("torch.")
-    config.architectures = [type(model).__name__]
-    tokenizer = load_tokenizer(path)
-    with quiet_transformers():
-        config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+    save_companions(model, load_tokenizer(path), folder)
     marker.write_text(json.dumps(mark), encoding="utf-8")
 
 
