@@ -147,6 +147,44 @@ def test_rows_wider_than_one_program_take_the_radix_search(monkeypatch, fill):
         check_selection(select_rows, prune_rows_, weight, *terms(2, cols, "scale" if fill is None else ""), keep=keep)
 
 
+def test_wide_rows_name_the_first_nonfinite_score(monkeypatch):
+    from wandapp.kernels.select import triton_impl
+
+    for name, value in {"WIDEST_ROW": 64, "WIDE_BLOCK": 256, "WIDE_STEPS": 1}.items():
+        monkeypatch.setattr(triton_impl, name, value)
+    weight = torch.ones(2, 600)
+    weight[1, 301] = weight[1, 560] = float("nan")
+    with pytest.raises(NonFiniteScoreError) as caught:
+        select_rows(weight.to(DEVICE), keep=9, backend="triton")
+    assert (caught.value.row, caught.value.column) == (1, 301)
+
+
+def test_nothing_is_written_beyond_the_last_row_of_a_bitmask(monkeypatch):
+    """Bytes that belong to no row lie behind it and keep their value."""
+    from wandapp.kernels import triton_groups
+    from wandapp.kernels.pack import triton_impl as pack_triton
+    from wandapp.kernels.select import triton_impl as select_triton
+
+    buffers = []
+
+    def with_guard(weight):
+        rows, cols = weight.shape
+        buffers.append(torch.full((rows + 1, (cols + 7) // 8), 0xA5, dtype=torch.uint8, device=weight.device))
+        return buffers[-1][:rows]
+
+    for module in (triton_groups, pack_triton, select_triton):
+        monkeypatch.setattr(module, "empty_bitmask", with_guard)
+    weight = torch.randn(3, 36, device=DEVICE)
+    for prune in (
+        lambda w: prune_rows_(w, keep=9, backend="triton"),
+        lambda w: prune_nm_(w, n=2, m=4, backend="triton"),
+        lambda w: prune_nm_(w, n=2, m=3, backend="triton"),
+        lambda w: pack(w, backend="triton"),
+    ):
+        prune(weight.clone())
+        assert (buffers.pop()[-1] == 0xA5).all()
+
+
 def test_tie_keeps_lower_column():
     weight = torch.ones(2, 32, device=DEVICE)
     assert (
