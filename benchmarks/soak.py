@@ -16,6 +16,8 @@ traceback, or leave an output that looks complete and is not. Those are mismatch
 
 import argparse
 import contextlib
+import fcntl
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -51,7 +53,7 @@ RECIPES = {
     "magnitude 0.5": {"method": "magnitude", "sparsity": "0.5"},
     "gblm 0.5": {"method": "gblm", "sparsity": "0.5"},
 }
-HARM = ("kill", "kill", "kill", "fsize", "full", "vanish", "stop")
+HARM = ("kill", "kill", "kill", "stop", "fsize", "fsize", "full", "vanish")
 MAX_HARMED = 6  # times one job is disturbed before it is left in peace
 
 
@@ -108,12 +110,12 @@ class Soak:
 
     def _harmed(self, name: str, harm: str, out: Path, seconds: float, command) -> bool:
         """One run under `harm`; whether it ended well all the same."""
-        count, delay = self.counts[name], self.rng.uniform(0.3, 1.1) * seconds
+        count, delay = self.counts[name], self.rng.uniform(0.05, 0.9) * seconds
         if harm == "full" and self.disk is None:
             count["full: left out"] += 1
             return False
         with self._place(harm, out) as place:
-            limit = self.rng.choice([10, 1000, 100_000, 1_000_000]) if harm == "fsize" else None
+            limit = self.rng.choice([10, 1000, 30_000, 300_000, 1_000_000]) if harm == "fsize" else None
             run = self._start(command(place), limit)
             run.wait(delay if harm in ("kill", "stop", "vanish") else None)
             is_alive = run.code is None
@@ -193,7 +195,7 @@ class Soak:
         return self._wandapp(self._prune_command(name, out))
 
     def _start(self, arguments: list, file_bytes: int | None = None) -> "Command":
-        return Command([str(argument) for argument in arguments], self.work / "stderr", file_bytes)
+        return Command([str(argument) for argument in arguments], file_bytes)
 
     def _wandapp(self, arguments: list) -> "Command":
         command = self._start(arguments)
@@ -219,11 +221,14 @@ class Command:
     code   exit code, minus the signal's number where one killed it, None while it runs;  said: its stderr
     """
 
-    def __init__(self, arguments: list[str], stderr: Path, file_bytes: int | None):
-        self.arguments, self._stderr = arguments, stderr
-        self._process = multiprocessing.get_context("fork").Process(target=_child, args=(arguments, stderr, file_bytes))
-        self._process.start()
-        self.pid = self._process.pid
+    def __init__(self, arguments: list[str], file_bytes: int | None):
+        self.arguments = arguments
+        self._stderr, writing = os.pipe()  # no file: RLIMIT_FSIZE would cut it
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 1 << 20)  # so that it never fills
+        fork = multiprocessing.get_context("fork").Process(target=_child, args=(arguments, writing, file_bytes))
+        fork.start()
+        os.close(writing)
+        self._process, self.pid = fork, fork.pid
 
     def wait(self, seconds: float | None) -> None:
         self._process.join(seconds)
@@ -232,15 +237,16 @@ class Command:
     def code(self) -> int | None:
         return self._process.exitcode
 
-    @property
+    @functools.cached_property
     def said(self) -> str:
-        return self._stderr.read_text(errors="replace")
+        with os.fdopen(self._stderr, "r", errors="replace") as stderr:
+            return stderr.read()
 
 
-def _child(arguments: list[str], stderr: Path, file_bytes: int | None) -> None:
+def _child(arguments: list[str], stderr: int, file_bytes: int | None) -> None:
     """The command line, with its output out of the way."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(stderr, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))

@@ -104,7 +104,7 @@ SWEEP = b"out: runs\nmodels: [a, b]\npatterns: ['2:4']\nseeds: [0, 1]\nexclude: 
 FIELDS = sorted(PruneConfig.model_fields)
 
 
-@fuzz(150)
+@fuzz(50)
 @given(content=damaged(RECIPE) | st.binary(max_size=80) | st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
 def test_recipes(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "recipe.yaml"
@@ -116,7 +116,7 @@ def test_recipes(content, tmp_path_factory):
 SWEEP_KEYS = ["out", "models", "patterns", "methods", "seeds", "exclude", "evaluate", "skip", "samples", "alpha"]
 
 
-@fuzz(100)
+@fuzz(30)
 @given(content=damaged(SWEEP) | st.dictionaries(st.sampled_from(SWEEP_KEYS), VALUES, max_size=6))
 def test_sweeps(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "sweep.yaml"
@@ -138,7 +138,7 @@ PLACES = [
 ]
 
 
-@fuzz(100)
+@fuzz(30)
 @given(
     content=damaged(json.dumps({"metadata": {}, "weight_map": {NAMES[0]: PLACES[0]}}).encode())
     | st.fixed_dictionaries({"weight_map": st.dictionaries(st.sampled_from(NAMES), st.sampled_from(PLACES) | VALUES)})
@@ -150,7 +150,7 @@ def test_safetensors_index(content, copy):
             assert info.path.parent == copy
 
 
-@fuzz(80)
+@fuzz(25)
 @given(data=st.data())
 def test_safetensors_headers(data, checkpoint, copy):
     content = (checkpoint / "model.safetensors").read_bytes()
@@ -164,7 +164,7 @@ def test_safetensors_headers(data, checkpoint, copy):
         load_model(copy)
 
 
-@fuzz(60)
+@fuzz(20)
 @given(data=st.data())
 def test_model_configurations(data, checkpoint, copy):
     config = json.loads((checkpoint / "config.json").read_text())
@@ -190,7 +190,7 @@ RUN = Manifest(
 )
 
 
-@fuzz(100)
+@fuzz(30)
 @given(data=st.data())
 def test_run_manifests(data, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "out.partial" / "wandapp" / "run.json"
@@ -207,7 +207,7 @@ def test_run_manifests(data, tmp_path_factory):
 JSONL = b'{"text": "The sea is deep."}\n{"text": "The sky is \\u00e9 high.", "n": 1}\n' * 3
 
 
-@fuzz(80)
+@fuzz(25)
 @given(content=damaged(JSONL) | st.lists(VALUES, max_size=4))
 def test_lines_of_text(content, copy, tiny_tokenizer):
     path = copy.parent / "text.jsonl"
@@ -216,7 +216,7 @@ def test_lines_of_text(content, copy, tiny_tokenizer):
         assert load_calibration(path, tiny_tokenizer(), samples=2, seq_len=4).tokens.shape == (2, 4)
 
 
-@fuzz(80)
+@fuzz(25)
 @given(data=st.data())
 def test_files_of_token_ids(data, copy):
     path = copy.parent / "ids.npy"

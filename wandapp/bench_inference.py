@@ -56,6 +56,8 @@ def bench_inference(
     if compare:
         require_llama_cpp()
     place = resolve_device(device)
+    if not Path(folder).is_dir():
+        raise WandappError(f"{folder}: no such folder; give a pruned or a packed checkpoint")
     result: dict[str, Any] = {"model": str(folder), "machine": _show_machine(output)}
     with tempfile.TemporaryDirectory() as scratch:
         folders = _both_forms(Path(folder), Path(scratch))
@@ -148,8 +150,6 @@ def _both_forms(folder: Path, scratch: Path) -> dict[str, Path]:
     if is_packed(folder):
         unpack_checkpoint(folder, scratch / "dense")
         return {"dense": scratch / "dense", "sparse": folder}
-    if not folder.is_dir():
-        raise WandappError(f"{folder}: no such folder; give a pruned or a packed checkpoint")
     pack_checkpoint(folder, scratch / "packed")
     return {"dense": folder, "sparse": scratch / "packed"}
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,18 @@ __all__ = ["Calibration", "builtin_text", "load_calibration", "save_tokens"]
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN = 128, 2048  # arXiv:2306.11695
 TOKEN_SUFFIXES = (".safetensors", ".npy")
 _ID_DTYPES = {*(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)}
+# What numpy raises at a damaged header, which it reads as Python text.
+_NPY_ERRORS = (
+    ValueError,
+    TypeError,
+    EOFError,
+    OSError,
+    ArithmeticError,
+    SyntaxError,
+    RecursionError,
+    MemoryError,
+    TokenError,
+)
 _DOCUMENTS_PER_CALL = 64
 # Characters read per token wanted when one text is cut into windows: far above any tokenizer's 3 to 5, yet a bound on
 # the tokenizer's memory (about 100 bytes per token) when the text has gigabytes.
@@ -240,7 +253,7 @@ def read_tokens(path: str | Path) -> Tensor:
                 tensors = {"tokens": torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False).copy())}
         else:
             tensors = load_file(path)
-    except (SafetensorError, ValueError, TypeError, EOFError, OSError, OverflowError) as error:
+    except (SafetensorError, *_NPY_ERRORS) as error:
         raise WandappError(f"{path} is not a readable {path.suffix} of token ids ({first_line(error)})") from error
     if len(tensors) != 1 and "tokens" not in tensors:
         found = ", ".join(sorted(tensors)) or "none"
