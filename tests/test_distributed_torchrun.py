@@ -23,8 +23,9 @@ def checkpoint(tmp_path_factory, tiny_model, tiny_tokenizer) -> Path:
     return folder
 
 
-def start(ranks: int, checkpoint: Path, out: Path, *more: str) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "wandapp"]
+def start(ranks: int, checkpoint: Path, out: Path, *more: str, restarts: int = 0) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    launcher += ["--max-restarts", str(restarts), "-m", "wandapp"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen(
         [*launcher, "prune", str(checkpoint), "--out", str(out), *OPTIONS, "--json", *more],
@@ -91,6 +92,16 @@ def test_a_rank_killed_mid_run_ends_the_job_within_a_minute_and_it_resumes(tmp_p
     assert resumed.returncode == 0, said
     assert "blocks were finished by an earlier run" in said
     assert weights(out) == weights(uninterrupted)
+
+
+def test_torchrun_restarts_a_job_that_resumes_by_itself(tmp_path, checkpoint, uninterrupted):
+    job = start(2, checkpoint, tmp_path / "out", "--resume", restarts=1)
+    wait_for_blocks(job, tmp_path / "out.partial", 2)
+    os.kill(process_of(1, job.pid), signal.SIGKILL)
+    _, said = job.communicate(timeout=300)
+    assert job.returncode == 0, said
+    assert "blocks were finished by an earlier run" in said
+    assert weights(tmp_path / "out") == weights(uninterrupted)
 
 
 def test_an_interrupted_job_says_once_how_to_go_on(tmp_path, checkpoint):
