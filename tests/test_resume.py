@@ -1,5 +1,6 @@
 """A run that was stopped anywhere goes on and gives the same bits; what must not be continued is refused by name."""
 
+import json
 import os
 import shutil
 import signal
@@ -308,6 +309,20 @@ def test_other_library_versions_are_named_and_a_moved_checkpoint_is_no_differenc
         with pytest.raises(WandappError, match=r"versions\.wandapp was .* is now '0\.0'"):
             prune_checkpoint(moved, resume=True)
     prune_checkpoint(moved, resume=True)
+
+
+def test_an_option_that_is_new_and_not_given_is_no_difference(recipe):
+    config = recipe()
+    interrupt(config, 1)
+    path = partial_of(config.out) / "wandapp" / "run.json"
+    manifest = json.loads(path.read_text())
+    del manifest["recipe"]["alpha_unit"], manifest["recipe"]["seq_len"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(WandappError, match=r"recipe\.alpha_unit was None and is now 'absolute'"):
+        prune_checkpoint(config, resume=True)
+    manifest["recipe"]["alpha_unit"] = "absolute"
+    path.write_text(json.dumps(manifest))
+    prune_checkpoint(config, resume=True)
 
 
 def test_damaged_manifest_is_one_sentence(recipe):

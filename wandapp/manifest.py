@@ -76,7 +76,9 @@ class Manifest(BaseModel):
             if now == then or name in ("recipe_sha256", "threads"):
                 continue
             if isinstance(now, dict):
-                key = next(key for key in {**then, **now} if now.get(key) != then.get(key))
+                key = next((key for key in {**then, **now} if now.get(key) != then.get(key)), None)
+                if key is None:  # an option that this version added, and that is not given
+                    continue
                 name, now, then = f"{name}.{key}", now.get(key), then.get(key)
             elif name == "source":
                 now, then = (
