@@ -106,7 +106,9 @@ def layer_errors(axes: Axes, run: Run, highest: float) -> None:
         for name, error in block["layer_errors"].items():
             row = names.index(_short(name, block))
             values[row, column] = numpy.fmax(values[row, column], _number(error))
-    mesh = axes.pcolormesh(values, cmap="viridis", vmin=0, vmax=highest, rasterized=values.size > 5000)
+    mesh = axes.pcolormesh(
+        values, cmap="viridis", vmin=0, vmax=highest, edgecolors="face", linewidth=0.3, rasterized=values.size > 5000
+    )
     axes.set_yticks(numpy.arange(len(names)) + 0.5, names)
     shown = numpy.arange(0, len(blocks), max(1, len(blocks) // 8))
     axes.set_xticks(shown + 0.5, shown)
