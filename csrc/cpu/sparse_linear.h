@@ -31,9 +31,12 @@ Tokens arrange_tokens(const T* x, int64_t tokens, int64_t cols) {
   const int64_t stride = (cols + 31) / 32 * 32;
   Tokens arranged{std::vector<float>(tokens * stride), stride};
   for (int64_t t = 0; t < tokens; t++) {
-    for (int64_t place = 0; place < stride; place++) {
-      const int64_t c = place / 32 * 32 + Way::column_of_place(int(place % 32));
-      if (c < cols) arranged.x[t * stride + place] = widen(x[t * cols + c]);
+    for (int64_t c = 0; c < stride; c += 32) {
+      T columns[32] = {};
+      std::copy_n(x + t * cols + c, std::min<int64_t>(32, cols - c), columns);
+      for (int place = 0; place < 32; place++) {
+        arranged.x[t * stride + c + place] = widen(columns[Way::column_of_place(place)]);
+      }
     }
   }
   return arranged;
@@ -43,22 +46,35 @@ Tokens arrange_tokens(const T* x, int64_t tokens, int64_t cols) {
 template <class Way, int rows, int tokens, bool guarded>
 void multiply_block(const typename Way::Row* first_row, int64_t cols, const float* x, int64_t x_stride, float* sums) {
   using Lanes = typename Way::Lanes;
-  typename Lanes::Floats sum[rows][tokens];
+  constexpr int parts = rows * tokens < 4 ? 4 / (rows * tokens) : 1;  // sums that do not wait for each other
+  typename Lanes::Floats sum[parts][rows][tokens];
   typename Way::Row row[rows];
   for (int r = 0; r < rows; r++) {
     row[r] = first_row[r];
-    for (int t = 0; t < tokens; t++) sum[r][t] = Lanes::fill(0);
+    for (int t = 0; t < tokens; t++) {
+      for (int part = 0; part < parts; part++) sum[part][r][t] = Lanes::fill(0);
+    }
   }
-  for (int64_t c = 0; c < cols; c += 32) {
+  auto step = [&](int64_t c, int part) __attribute__((always_inline)) {
     typename Way::Piece piece[rows];
     for (int r = 0; r < rows; r++) piece[r] = row[r].template next<guarded>(c, cols);
     for (int t = 0; t < tokens; t++) {
       const auto x_low = Lanes::load(x + t * x_stride + c), x_high = Lanes::load(x + t * x_stride + c + 16);
-      for (int r = 0; r < rows; r++) sum[r][t] = Way::add_products(sum[r][t], piece[r], x_low, x_high);
+      for (int r = 0; r < rows; r++) sum[part][r][t] = Way::add_products(sum[part][r][t], piece[r], x_low, x_high);
     }
+  };
+  int64_t c = 0;
+  for (; c + kPrefetchColumns <= cols; c += kPrefetchColumns) {
+    for (int r = 0; r < rows; r++) row[r].prefetch(c);
+#pragma GCC unroll 4
+    for (int i = 0; i < int(kPrefetchColumns / 32); i++) step(c + 32 * i, i % parts);
   }
+  for (; c < cols; c += 32) step(c, 0);
   for (int r = 0; r < rows; r++) {
-    for (int t = 0; t < tokens; t++) sums[r * kMaxTokens + t] = Lanes::total(sum[r][t]);
+    for (int t = 0; t < tokens; t++) {
+      for (int part = 1; part < parts; part++) sum[0][r][t] = Lanes::add(sum[0][r][t], sum[part][r][t]);
+      sums[r * kMaxTokens + t] = Lanes::total(sum[0][r][t]);
+    }
   }
 }
 
@@ -96,9 +112,8 @@ void multiply_rows(const PackedWeight& packed, const LinearArgs& args, const Tok
 }
 
 // T: the type of x, bias and y.
-template <class Way, class T>
-void sparse_linear_in(const PackedWeight& packed, const LinearArgs& args, int threads) {
-  constexpr int rows_at_once = Way::Lanes::kRows;
+template <class Way, class T, int rows_at_once>
+void sparse_linear_by(const PackedWeight& packed, const LinearArgs& args, int threads) {
   const Tokens tokens = arrange_tokens<Way>(static_cast<const T*>(args.x), args.tokens, packed.cols);
   parallel((packed.rows + kLinearRows - 1) / kLinearRows, threads, [&](int64_t task) {
     typename Way::Row row[rows_at_once];
@@ -115,6 +130,13 @@ void sparse_linear_in(const PackedWeight& packed, const LinearArgs& args, int th
       }
     }
   });
+}
+
+// Few tokens are bound by memory, which likes one stream; many by arithmetic, and rows together share the loads of x.
+template <class Way, class T>
+void sparse_linear_in(const PackedWeight& packed, const LinearArgs& args, int threads) {
+  if (args.tokens < 4) return sparse_linear_by<Way, T, 1>(packed, args, threads);
+  return sparse_linear_by<Way, T, Way::Lanes::kRows>(packed, args, threads);
 }
 
 template <class Lanes, class V, class T>
@@ -148,10 +170,9 @@ void dense_linear_of(const T* weight, int64_t rows, int64_t cols, const LinearAr
     for (int64_t row = task * kLinearRows; row < std::min((task + 1) * kLinearRows, rows); row++) {
       typename Lanes::Floats sums[4] = {Lanes::fill(0), Lanes::fill(0), Lanes::fill(0), Lanes::fill(0)};
       for (int64_t c = 0; c < cols; c += 64) {
+        prefetch_ahead(weight + row * cols + c);
         for (int i = 0; i < 4; i++) {
-          const T* next = weight + row * cols + c + 16 * i;
-          __builtin_prefetch(reinterpret_cast<const char*>(next) + kPrefetchBytes);
-          sums[i] = Lanes::add_product(sums[i], Lanes::load(next), Lanes::load(&x[c + 16 * i]));
+          sums[i] = Lanes::add_product(sums[i], Lanes::load(weight + row * cols + c + 16 * i), Lanes::load(&x[c + 16 * i]));
         }
       }
       const float sum = Lanes::total(Lanes::add(Lanes::add(sums[0], sums[1]), Lanes::add(sums[2], sums[3])));

@@ -42,8 +42,10 @@ def relative_error(packed: Packed, rounded: Packed) -> float:
 def _largest_of_rows(packed: Packed) -> Tensor:
     """max_c |W_rc|, fp32 [rows]."""
     size = packed.values.float().abs()
+    if not size.numel():
+        return size.new_zeros(packed.shape[0])
     if packed.row_offsets is None:
-        return size.amax(1) if size.shape[1] else size.new_zeros(size.shape[0])
+        return size.amax(1)
     counts = packed.row_offsets.diff()
     return torch.segment_reduce(size, "max", lengths=counts, initial=0.0)
 

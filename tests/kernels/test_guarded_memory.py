@@ -1,0 +1,129 @@
+"""The CPU kernels between pages that may not be touched: a read or write past any buffer kills the process.
+
+Every buffer ends (or begins) exactly at such a page, and the bits and row offsets may be anything: a damaged packed form
+gives wrong numbers, never a wrong address.
+"""
+
+import ctypes
+import math
+import mmap
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from wandapp import _C
+from wandapp.kernels.native import DTYPE_CODES
+from wandapp.kernels.pack import Packed, pack, unpack
+from wandapp.kernels.pack.int8 import to_int8
+
+PAGE = mmap.PAGESIZE
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = [isa for isa in ("portable", "avx2", "avx512", "avx512vbmi2") if _C.isa_runs_here(isa)]
+PROT_NONE = 0
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are protected through Linux's mprotect")
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Guarded:
+    """Tensors that end at a forbidden page, or with `after` begin behind one."""
+
+    def __init__(self, after: bool):
+        self.after, self.maps = after, []
+
+    def __call__(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        size = math.ceil(max(tensor.nbytes, 1) / PAGE) * PAGE
+        area = mmap.mmap(-1, size + PAGE)
+        whole = torch.frombuffer(area, dtype=torch.uint8)
+        forbidden = whole.data_ptr() + (0 if self.after else size)
+        assert libc.mprotect(ctypes.c_void_p(forbidden), PAGE, PROT_NONE) == 0
+        start = PAGE if self.after else size - tensor.nbytes
+        self.maps.append(area)
+        part = whole[start : start + tensor.nbytes].view(tensor.dtype) if tensor.nbytes else whole[start:start]
+        guarded = part.view(tensor.dtype).view(tensor.shape)
+        return guarded.copy_(tensor)
+
+
+def call_kernels(packed: Packed, tokens: int, dtype: torch.dtype, isa: str, after: bool) -> torch.Tensor:
+    """sparse_linear and unpack on guarded copies of everything; y."""
+    guard = Guarded(after)
+    values, bitmask, row_offsets, scale = (guard(part) for part in packed.parts)
+    rows, cols = packed.shape
+    n, m = packed.pattern or (0, 0)
+    pointers = [0 if part is None else part.data_ptr() for part in (values, bitmask, row_offsets, scale)]
+    weight = _C.PackedWeight(*pointers, values.numel(), n, m, DTYPE_CODES[values.dtype], rows, cols)
+    x, bias = guard(torch.randn(tokens, cols).to(dtype)), guard(torch.randn(rows).to(dtype))
+    y, dense = guard(torch.zeros(tokens, rows).to(dtype)), guard(torch.zeros(rows, cols).to(dtype))
+    code = DTYPE_CODES[dtype]
+    if tokens <= 16:
+        _C.sparse_linear(weight, code, x.data_ptr(), tokens, bias.data_ptr(), y.data_ptr(), 1, isa)
+    _C.unpack(weight, code, 0, rows, dense.data_ptr(), 1, isa)
+    return y
+
+
+def random_case(seed: int, damaged: bool) -> tuple[Packed, int, torch.dtype]:
+    """Odd shapes, any pattern and type, rows of zeros, denormals, -0.0; `damaged`: random bits and offsets."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    n, m = draw((None, None), (2, 4), (1, 2), (1, 4), (4, 8), (3, 5), (16, 32))
+    dtype, tokens = draw(*DTYPES), draw(0, 1, 2, 3, 5, 8, 11, 16)
+    rows, groups = draw(0, 1, 2, 7, 33, 64), draw(1, 2, 8, 31, 32, 40)
+    cols = groups * (m or draw(1, 4, 8))
+    weight = torch.randn(rows, cols, generator=generator)
+    keep = torch.rand(rows, cols // (m or 1), m or 1, generator=generator)
+    keep = keep.argsort(-1) < n if n else keep < draw(0.0, 0.1, 0.5, 1.0)
+    weight = (weight * keep.view(rows, cols)).to(dtype)
+    if rows > 1:
+        weight[0] = -0.0
+        weight[1] = weight[1].sign() * torch.finfo(dtype).smallest_normal / 4
+    packed = pack(weight, n=n, m=m)
+    packed = to_int8(packed) if draw(False, True) else packed
+    if damaged:
+        bits = torch.randint(0, 256, packed.bitmask.shape, generator=generator).to(torch.uint8)
+        offsets = packed.row_offsets
+        if offsets is not None:
+            offsets = torch.randint(-(2**62), 2**62, offsets.shape, generator=generator)
+            offsets = draw(offsets, packed.row_offsets + 7, packed.row_offsets.flip(0))
+        packed = packed._replace(bitmask=draw(bits, torch.full_like(bits, 255)), row_offsets=offsets)
+    return packed, tokens, dtype
+
+
+def run_cases(first: int, count: int, damaged: bool) -> None:
+    """Asserts the sums of intact cases; damaged ones only have to come back."""
+    for seed in range(first, first + count):
+        packed, tokens, dtype = random_case(seed, damaged)
+        for isa in ISAS:
+            torch.manual_seed(seed)
+            y = call_kernels(packed, tokens, dtype, isa, after=seed % 2 == 0)
+            if damaged or not y.numel():
+                continue
+            torch.manual_seed(seed)
+            x, bias = torch.randn(tokens, packed.shape[1]).to(dtype), torch.randn(packed.shape[0]).to(dtype)
+            weight = unpack(packed, backend="reference").double()
+            error = (y.double() - (x.double() @ weight.T + bias.double())).abs()
+            size = x.double().abs() @ weight.abs().T + bias.double().abs()
+            assert (error <= torch.finfo(dtype).eps * size + 1e-7 + 2e-6 * size).all(), (seed, isa)
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["intact", "damaged"])
+def test_no_kernel_leaves_its_buffers(damaged):
+    """In a process of its own, which a wrong address would kill."""
+    code = f"import runpy; runpy.run_path({__file__!r})['run_cases'](0, 150, {damaged})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, (run.returncode, run.stderr[-2000:])
+
+
+def test_the_guard_bites():
+    code = f"""
+import runpy, torch, ctypes
+guard = runpy.run_path({__file__!r})["Guarded"](False)
+ctypes.string_at(guard(torch.zeros(10)).data_ptr(), 41)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode == -11
