@@ -37,6 +37,7 @@ const Kernels& kernels_of(const std::string& requested) {
     static const Kernels with_vbmi2 = [] {
       Kernels kernels = avx512_kernels;
       kernels.sparse_linear = sparse_linear_vbmi2;
+      kernels.unpack = unpack_vbmi2;
       return kernels;
     }();
     return with_vbmi2;

@@ -106,6 +106,7 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels, avx512_kernels;
 // What the AVX-512 kernels do better with VBMI2.
 extern void (*const sparse_linear_vbmi2)(const PackedWeight&, const LinearArgs&, int threads);
+extern void (*const unpack_vbmi2)(const PackedWeight&, Dtype, int64_t first_row, int64_t end_row, void* out, int threads);
 #endif
 
 // The table of `isa`: "portable", "avx2", "avx512", "avx512vbmi2", or "auto", the widest this machine runs. Throws

@@ -1,4 +1,4 @@
-// The packed product with vpexpandw; everything else is as in kernels_avx512.cpp.
+// The packed product and unpacking with vpexpandw; everything else is as in kernels_avx512.cpp.
 #include "cpu/includes.h"
 #ifdef __x86_64__
 #define WANDAPP_VBMI2
@@ -14,5 +14,7 @@
 
 namespace wandapp {
 void (*const sparse_linear_vbmi2)(const PackedWeight&, const LinearArgs&, int threads) = sparse_linear<Avx512Vbmi2>;
+void (*const unpack_vbmi2)(const PackedWeight&, Dtype, int64_t first_row, int64_t end_row, void* out,
+                           int threads) = unpack<Avx512Vbmi2>;
 }
 #endif

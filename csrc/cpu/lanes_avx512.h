@@ -193,6 +193,12 @@ struct Avx512Vbmi2 : Avx512 {
     low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(columns)));
     high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(columns, 1)));
   }
+  using Avx512::spread16;
+  static void spread16(const Half* values, uint32_t mask, Half* to) {
+    const __m256i next = in_register(load_16bit(values));
+    const __m256i columns = _mm256_mask_expand_epi16(_mm512_castsi512_si256(cleared()), __mmask16(mask), next);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), columns);
+  }
 
  private:
   template <class T>

@@ -55,9 +55,9 @@ void multiply_block(const typename Way::Row* first_row, int64_t cols, const floa
       for (int part = 0; part < parts; part++) sum[part][r][t] = Lanes::fill(0);
     }
   }
-  auto step = [&](int64_t c, int part) __attribute__((always_inline)) {
+  auto step = [&](int64_t c, int64_t end, int part) __attribute__((always_inline)) {
     typename Way::Piece piece[rows];
-    for (int r = 0; r < rows; r++) piece[r] = row[r].template next<guarded>(c, cols);
+    for (int r = 0; r < rows; r++) piece[r] = row[r].template next<guarded>(c, end);
     for (int t = 0; t < tokens; t++) {
       const auto x_low = Lanes::load(x + t * x_stride + c), x_high = Lanes::load(x + t * x_stride + c + 16);
       for (int r = 0; r < rows; r++) sum[part][r][t] = Way::add_products(sum[part][r][t], piece[r], x_low, x_high);
@@ -67,9 +67,9 @@ void multiply_block(const typename Way::Row* first_row, int64_t cols, const floa
   for (; c + kPrefetchColumns <= cols; c += kPrefetchColumns) {
     for (int r = 0; r < rows; r++) row[r].prefetch(c);
 #pragma GCC unroll 4
-    for (int i = 0; i < int(kPrefetchColumns / 32); i++) step(c + 32 * i, i % parts);
+    for (int i = 0; i < int(kPrefetchColumns / 32); i++) step(c + 32 * i, c + 32 * i + 32, i % parts);
   }
-  for (; c < cols; c += 32) step(c, 0);
+  for (; c < cols; c += 32) step(c, cols, 0);
   for (int r = 0; r < rows; r++) {
     for (int t = 0; t < tokens; t++) {
       for (int part = 1; part < parts; part++) sum[0][r][t] = Lanes::add(sum[0][r][t], sum[part][r][t]);

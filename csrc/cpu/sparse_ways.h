@@ -16,6 +16,11 @@ namespace {
 constexpr int64_t kPrefetchBytes = 4096;
 constexpr int64_t kPrefetchColumns = 128;
 
+// A bitmask's bytes from `mask` on, as much later rows will have them.
+inline void prefetch_masks(const uint8_t* mask, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(mask + kPrefetchBytes / 2 + byte, 0, 2);
+}
+
 inline uint32_t load_word(const void* from) {
   uint32_t word;
   std::memcpy(&word, from, 4);
@@ -46,6 +51,7 @@ struct Spread {
       const int64_t begin = packed.row_begin(row);
       mask = packed.bitmask + row * ((packed.cols + 7) / 8);
       values = static_cast<const V*>(packed.values) + begin;
+      prefetch_masks(mask, packed.cols / 8);
       end_of_values = static_cast<const V*>(packed.values) + packed.value_count;
       return begin + packed.cols + 32 <= packed.value_count;  // even if every bit were set
     }
@@ -106,8 +112,10 @@ struct Pick {
     const uint64_t* columns;
 
     bool start(const PackedWeight& packed, int64_t row, std::vector<uint64_t>& scratch) {
+      const uint8_t* mask = packed.bitmask + row * (packed.cols / 8);
+      prefetch_masks(mask, packed.cols / 8);
       scratch.resize((packed.cols + 63) / 64);
-      std::memcpy(scratch.data(), packed.bitmask + row * (packed.cols / 8), packed.cols / 8);
+      std::memcpy(scratch.data(), mask, packed.cols / 8);
       for (uint64_t& word : scratch) word = columns_of_groups(word);
       columns = scratch.data();
       values = static_cast<const V*>(packed.values) + packed.row_begin(row);
