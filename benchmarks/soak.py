@@ -96,7 +96,7 @@ class Soak:
         self._compare(name, dense)
         count["jobs"] += 1
         for path in (out, packed, dense):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # absent after a mismatch
 
     def _disturbed(self, name: str, out: Path, seconds: float, command) -> None:
         """Runs a command under random harm until it ends well; `out` appears only then."""

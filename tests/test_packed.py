@@ -510,3 +510,11 @@ packing.pack_checkpoint({str(folder)!r}, {str(tmp_path / "packed")!r},
     pack_checkpoint(folder, tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
     read_everything(tmp_path / "packed")
+
+
+def test_what_a_killed_unpack_left_does_not_stop_the_next(tmp_path, pruned_checkpoint):
+    _packed(pruned_checkpoint("llama", "2:4")[1], tmp_path / "packed")
+    (tmp_path / "dense.partial").mkdir()
+    (tmp_path / "dense.partial" / "model-00001-of-00004.safetensors").write_bytes(b"half a file")
+    unpack_checkpoint(tmp_path / "packed", tmp_path / "dense")
+    assert load_model(tmp_path / "dense") and not (tmp_path / "dense.partial").exists()
