@@ -96,6 +96,14 @@ def test_pruning_packs_in_the_same_pass(n, m, dtype, backend, bits):
         assert packed.shape == weight.shape and packed.pattern == (n, m) and packed.row_offsets is None
 
 
+def test_nonfinite_score_in_a_later_task_of_a_wide_row_is_named(backend):
+    weight = torch.ones(1, 150_000)
+    weight[0, 140_001] = float("nan")
+    for n, m in ((2, 4), (2, 3)):
+        with pytest.raises(NonFiniteScoreError, match="row 0, column 140001"):
+            select_nm(weight, n=n, m=m, backend=backend)
+
+
 def test_wide_rows_are_packed_by_several_tasks(backend):
     weight = torch.randn(2, 150_000)
     for n, m in ((2, 4), (2, 3)):
