@@ -139,7 +139,7 @@ class _Job(Ranks):
         try:
             store, self.rank, self.size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
             store = dist.PrefixStore(_attempt(self.size), store)
-            self._pulse = _Pulse(store.clone(), self.rank, self.size)
+            self._pulse = _Pulse(store.clone(), self.rank, self.size)  # type: ignore[attr-defined]  # missing in its stub
             self._pulse.start()
             if device.type == "cuda":
                 torch.cuda.set_device(device)
