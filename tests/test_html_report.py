@@ -71,7 +71,7 @@ def test_headline_states_quality_size_cost_and_speed_of_every_run(everything, pl
     method, pattern, perplexity, zeros, size, seconds, peak, speed = found["few"][1:]
     assert (method, pattern, zeros, speed) == ("wanda", "2:4", "50.00", "–")
     assert perplexity == f"{few:,.2f}×{few / dense:.2f}"
-    assert (seconds, peak) == (f"{report['seconds']:.1f}", f"{report['peak_gib']:.2f}")
+    assert float(seconds) == pytest.approx(report["seconds"], abs=0.06) and peak == f"{report['peak_gib']:.2f}"
     stored = sum(path.stat().st_size for path in (place / "few").glob("*.safetensors"))
     assert size == f"{stored / 2**20:.1f}" != "0.0"
     assert found["packed"][1] == "wanda + packed" and found["packed"][-1] == "17.0"

@@ -68,15 +68,15 @@ def unpack(
     raises   WandappError when the parts of `packed` do not fit each other
     """
     check_packed(packed)
-    if not trusted:
-        check_bits(packed)
     own = torch.float32 if packed.scale is not None else packed.values.dtype
     dtype = dtype or own
     require(dtype in WEIGHT_DTYPES, f"a weight is float32, bfloat16 or float16, got {dtype}")
     require(packed.scale is not None or dtype == own, f"the values are {own} and unpack to that, got {dtype}")
     rows, cols = packed.shape
     n, m = packed.pattern or (None, None)
-    return _unpack(packed.values, packed.bitmask, packed.row_offsets, packed.scale, rows, cols, n, m, dtype, backend)
+    return _unpack(
+        packed.values, packed.bitmask, packed.row_offsets, packed.scale, rows, cols, n, m, dtype, trusted, backend
+    )
 
 
 def check_bits(packed: Packed) -> None:
@@ -176,15 +176,18 @@ def _unpack(
     n: int | None,
     m: int | None,
     dtype: torch.dtype,
+    trusted: bool,
     backend: str | None,
 ) -> Tensor:
     packed = Packed(values, bitmask, row_offsets, (rows, cols), None if n is None else (n, m), scale)
+    if not trusted:  # in here, because torch.compile cannot look into it
+        check_bits(packed)
     dense = dispatch.launcher("unpack", values.device, backend)(packed, dtype)
     return dense if scale is None else dense.add_(0.0)  # a product may round to -0.0, which is no zero of ours
 
 
 @_unpack.register_fake
-def _(values, bitmask, row_offsets, scale, rows, cols, n, m, dtype, backend):
+def _(values, bitmask, row_offsets, scale, rows, cols, n, m, dtype, trusted, backend):
     return values.new_empty(rows, cols, dtype=dtype)
 
 

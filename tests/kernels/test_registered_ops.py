@@ -50,7 +50,7 @@ def arguments(function):
         "prune_pack_nm_": [(weight, scale, gradient, 2, 4, 0.5)],
         "compensate_block_": [(weight, FACTOR, 2, 4, None), (weight, FACTOR, None, None, mask)],
         "pack": [(GROUPS, 2, 4), (SCATTERED, None, None)],
-        "unpack": [(*packed, 8, 32, 2, 4, torch.float32), (*rows, 8, 32, None, None, torch.float32)],
+        "unpack": [(*packed, 8, 32, 2, 4, torch.float32, False), (*rows, 8, 32, None, None, torch.float32, True)],
         "sparse_linear": [
             (weight, *packed, None, 8, 32, 2, 4),
             (weight, *rows, weight[0, :8], 8, 32, None, None),
