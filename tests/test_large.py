@@ -51,12 +51,11 @@ def make_checkpoint(folder: Path) -> tuple[int, int]:
 def wandapp(*arguments: str, **environment) -> tuple[dict, int]:
     """(JSON result, peak resident bytes of the process) of one command."""
     code = """
-import resource
 from wandapp.cli import main
 try:
     main()
 finally:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
     command = [sys.executable, "-c", code, *arguments, "--json"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment

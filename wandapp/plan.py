@@ -31,9 +31,7 @@ from wandapp.pipeline import auto_batch_size
 from wandapp.report import MachineRate
 from wandapp.store import attention_flops_per_token
 
-LATER_BYTES = (
-    60 << 20
-)  # thread pools, kernels and code pages that the first products bring in; measured on two machines
+LATER_BYTES = 60 << 20  # thread pools, kernels and code pages that the first products bring in; an estimate
 SLOWER_THAN_MATMUL = 1.6  # a run against its FLOPs at the rate of square products (README, Measured on two CPU cores)
 _STATISTICS = {"sparsegpt": "hessian", "rgs": "regional_gradient", "gblm": "column_norm"}
 

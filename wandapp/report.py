@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import platform
-import resource
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from wandapp.distributed import Ranks
 from wandapp.errors import WandappError
+from wandapp.memory import peak_resident_bytes
 from wandapp.methods.base import BlockRecord
 
 
@@ -56,7 +56,7 @@ def peak_gib(device: torch.device) -> float:
     """Highest memory so far in GiB: the device's allocations on a GPU, resident memory of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident_bytes() / 2**30
 
 
 @dataclass(frozen=True)
