@@ -67,10 +67,9 @@ def floor_flops(model: torch.nn.Module, method: str, samples: int, seq_len: int)
     else:
         total += forward - (0 if refiner else tokens * 2.0 * down)
     if name == "sparsegpt":
-        inputs = {hidden: 2, queries: 1, ffn: 1}
-        total += sum(count * (2.0 * tokens * size**2 + 4 / 3 * size**3) for size, count in inputs.items())
-        rows = {hidden: queries + 2 * keys + 2 * ffn, queries: hidden, ffn: hidden}
-        total += sum(count * size**2 for size, count in rows.items())
+        # inputs of q, k, v; of o; of gate, up; of down: (size, rows that read it)
+        inputs = [(hidden, queries + 2 * keys), (queries, hidden), (hidden, 2 * ffn), (ffn, hidden)]
+        total += sum(2.0 * tokens * size**2 + 4 / 3 * size**3 + rows * size**2 for size, rows in inputs)
     if refiner:
         steps = 5 * min(32, samples)
         total += steps / samples * (3 * forward - tokens * 2.0 * first_maps)
