@@ -322,6 +322,48 @@ def sparsegpt(weight: Tensor, hessian: Tensor, pattern: Pattern, damping: float 
     return weight, keep
 
 
+def admm(weight: Tensor, hessian: Tensor, pattern: Pattern, stages, *, damping=0.01, relaxation=1.5):
+    """(weight, mask) of ADMM; stages: (rho, iterations) in order; the weights on the support are the exact minimum there.
+
+    Splitting of "lower the error" (Y) and "hold the pattern" (Z) with scaled dual U, in coordinates where the Hessian has
+    a unit diagonal. A dead input's weight is zero. Unstructured masks keep as many of the whole matrix as its rows together.
+    """
+    dead = hessian.diagonal() == 0
+    weight = torch.where(dead, 0.0, weight)
+    hessian = hessian + torch.diag(dead.to(hessian.dtype))
+    scale = hessian.diagonal().sqrt()
+    h = hessian / torch.outer(scale, scale)
+    identity = torch.eye(len(h), dtype=h.dtype)
+    h, w = h + damping * identity, weight * scale
+
+    def keep(values: Tensor) -> Tensor:
+        if pattern.m:
+            return keep_nm(values.abs(), pattern.n, pattern.m)
+        removed = len(values) * int(values.shape[1] * pattern.sparsity)
+        return keep_largest(values.abs().reshape(1, -1), values.numel() - removed).view_as(values)
+
+    z, u, rho_before = torch.where(keep(w), w, 0.0), torch.zeros_like(w), None
+    for rho, iterations in stages:
+        u = u if rho_before is None else u * rho_before / rho
+        for _ in range(iterations):
+            y = torch.linalg.solve(h + rho * identity, (w @ h + rho * (z - u)).T).T
+            t = relaxation * y + (1 - relaxation) * z + u
+            mask = keep(t)
+            z = torch.where(mask, t, 0.0)
+            u = t - z
+        rho_before = rho
+    return least_squares_on_support(w, h, z != 0) / scale, z != 0
+
+
+def least_squares_on_support(dense: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
+    """The weights that minimise (w' - w) H (w' - w)^T with w' zero outside the mask, row by row by its normal equations."""
+    best = torch.zeros_like(dense)
+    for i, row in enumerate(mask):
+        kept = row.nonzero().flatten()
+        best[i, kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ dense[i])
+    return best
+
+
 def regional_error(block: nn.Module, calls: list[Call], targets: list[Tensor]) -> float:
     """sum_n || f(X_n) - f_pruned(X_n) ||^2."""
     with torch.no_grad():

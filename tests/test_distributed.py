@@ -24,7 +24,7 @@ _SPEC = importlib.util.spec_from_file_location("wandapp_tests_ranks", Path(__fil
 harness = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(harness)
 
-SCORES = ["magnitude", "wanda", "sparsegpt", "gblm", "rgs"]
+SCORES = ["magnitude", "wanda", "sparsegpt", "admm", "gblm", "rgs"]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -122,7 +122,7 @@ def test_skipped_layers_do_not_change(tiny_model):
     assert "model.layers.0.mlp.down_proj" in str(verify_model(tested, "2:4").first_offence)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "wanda++"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm", "wanda++"])
 def test_indivisible_inputs_are_refused_before_anything_changes(tiny_model, method):
     model = tiny_model("llama", intermediate_size=130)[0]
     before = copy.deepcopy(model.state_dict())

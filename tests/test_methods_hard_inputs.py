@@ -16,8 +16,8 @@ oracle = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(oracle)
 
 METHODS = [
-    *("magnitude", "wanda", "wanda-cumulative", "sparsegpt", "gblm", "rgs"),
-    *("magnitude+ro", "wanda+ro", "gblm+ro", "rgs+ro", "sparsegpt+ro"),
+    *("magnitude", "wanda", "wanda-cumulative", "sparsegpt", "admm", "gblm", "rgs"),
+    *("magnitude+ro", "wanda+ro", "gblm+ro", "rgs+ro", "sparsegpt+ro", "admm+ro"),
 ]
 
 
@@ -74,11 +74,15 @@ def test_sparsity_is_exact(llama, method, pattern):
             elif method == "sparsegpt":
                 for columns in weight.split(128, dim=1):
                     assert (columns == 0).sum() == int(columns.numel() * float(pattern)), name
-            elif method != "sparsegpt+ro":
+            elif method == "admm":
+                assert (weight == 0).sum() == len(weight) * int(weight.shape[1] * float(pattern)), name
+            elif method not in ("sparsegpt+ro", "admm+ro"):
                 assert (removed_per_group(weight, weight.shape[1]) == int(weight.shape[1] * float(pattern))).all()
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "gblm", "rgs", "wanda++", "sparsegpt+ro"])
+@pytest.mark.parametrize(
+    "method", ["magnitude", "wanda", "sparsegpt", "admm", "gblm", "rgs", "wanda++", "sparsegpt+ro"]
+)
 def test_one_sample_is_enough(llama, method):
     tested, _ = pruned_copy(llama, calibration(1), method=method, sparsity="2:4")
     assert verify_model(tested, "2:4").ok
@@ -86,7 +90,7 @@ def test_one_sample_is_enough(llama, method):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("method", ["wanda", "wanda-cumulative", "sparsegpt", "rgs", "wanda++"])
+@pytest.mark.parametrize("method", ["wanda", "wanda-cumulative", "sparsegpt", "admm", "rgs", "wanda++"])
 def test_activations_that_are_not_finite_name_the_layer(llama, method, value):
     with torch.no_grad():
         oracle.decoder_blocks(llama)[1].post_attention_layernorm.weight[3] = value
@@ -100,6 +104,7 @@ def test_activations_that_are_not_finite_name_the_layer(llama, method, value):
         "magnitude",
         "wanda",
         "sparsegpt",
+        "admm",
     ],
 )
 def test_weights_that_are_not_finite_name_the_layer(llama, method):
@@ -137,7 +142,7 @@ def test_the_model_keeps_its_state(tiny_model, method):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "wanda++"])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", "wanda++"])
 def test_an_expert_without_tokens_is_reported(tiny_model, family, method):
     """Two tokens reach at most four of eight experts."""
     count = dict(num_local_experts=8) if family == "mixtral" else dict(num_experts=8)

@@ -100,8 +100,12 @@ class PruneConfig(Options):
         None, description="folder where gblm keeps the dense model's gradients for runs with other patterns"
     )
     damping: float = Field(
-        0.01, gt=0, description="added to the Hessian's diagonal, as a fraction of its mean (arXiv:2301.00774)"
+        0.01,
+        gt=0,
+        description="added to the Hessian's diagonal; sparsegpt: as a fraction of its mean (arXiv:2301.00774), admm: of each "
+        "of its elements",
     )
+    admm_iterations: int = Field(16, ge=1, description="iterations of admm; each costs one product with the Hessian")
 
     @property
     def pattern(self) -> SparsityPattern:

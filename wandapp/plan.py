@@ -5,7 +5,8 @@ end, when embeddings and head are written. A block in work holds, for P weights 
 
     weights        P, twice where blocks are streamed (the next is being read); all blocks where they are in memory
     hidden states  N x T x hidden_size, again for the dense outputs that regional optimisation aims at
-    statistics     sparsegpt: H and its factor per distinct input, 8 in^2 bytes, and the solver's copies
+    statistics     sparsegpt, admm: H per distinct input, 4 in^2 bytes; of one input at a time its factorisation, 20 in^2,
+                   and fp32 copies of the maps that it feeds
                    rgs: 4 P bytes of squared gradients;  +ro: fp32 masters and optimiser state, 8 P, and three copies
     a forward      a few times tokens x width of the widest layers; with gradients, every layer's inputs and outputs
 
@@ -26,6 +27,7 @@ from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
 from wandapp.job import open_skeleton, streams
 from wandapp.memory import free_bytes, resident_bytes
+from wandapp.methods.second_order import SecondOrder
 from wandapp.models import resolve_device
 from wandapp.pipeline import auto_batch_size
 from wandapp.report import MachineRate
@@ -33,7 +35,6 @@ from wandapp.store import attention_flops_per_token
 
 LATER_BYTES = 60 << 20  # thread pools, kernels and code pages that the first products bring in; an estimate
 SLOWER_THAN_MATMUL = 1.6  # a run against its FLOPs at the rate of square products (README, Measured on two CPU cores)
-_STATISTICS = {"sparsegpt": "hessian", "rgs": "regional_gradient", "gblm": "column_norm"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ class _Sizes:
         self.outer = self.all - sum(map(_bytes, blocks))
         self.weights = sum(view.weight.numel() for view in self.views)
         self.largest = max(view.weight.numel() for view in self.views)
-        self.inputs = _distinct_inputs(self.views)
+        shared = _distinct_inputs(self.views)
+        self.inputs = [width for width, _ in shared]
+        self.together = max(width * rows for width, rows in shared)  # weights of maps that one input feeds
+        self.inputs_and_rows = shared
         self.hidden = model.config.get_text_config().hidden_size
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self.widest = max(max(view.weight.shape) for view in self.views)
@@ -145,8 +149,10 @@ def _method_bytes(config: PruneConfig, sizes: _Sizes, samples: int, batch_tokens
     name, size = methods.resolve(config.method)[0], sizes.itemsize
     forward = batch_tokens * (4 * sizes.widest + 6 * sizes.hidden) * size
     with_gradients = batch_tokens * 2 * sizes.crossing * size
+    hessians = 4 * sum(width**2 for width in sizes.inputs) + 20 * max(sizes.inputs) ** 2
     statistics = {
-        "sparsegpt": 8 * sum(width**2 for width in sizes.inputs) + 12 * max(sizes.inputs) ** 2 + 4 * sizes.largest,
+        "sparsegpt": hessians + 4 * sizes.together,
+        "admm": hessians + 12 * sizes.together + 17 * sizes.largest,
         "rgs": 4 * sizes.weights + (4 + size) * sizes.largest + with_gradients,
         "gblm": 8 * sizes.largest + with_gradients + sizes.vocabulary * batch_tokens * 8,
     }.get(name, 4 * samples * sum(sizes.inputs))
@@ -166,14 +172,13 @@ def _scratch_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: in
 
 def _flops(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, attention: float) -> float:
     """Floating-point operations of all blocks; a backward counts as two forwards."""
-    name = methods.resolve(config.method)[0]
+    method = methods.create(config, Ranks()).scorer
     forward = 2.0 * sizes.met + attention
-    forwards = {"rgs": 4.0, "gblm": 6.0}.get(name, 2.0)
+    forwards = {"rgs": 4.0, "gblm": 6.0}.get(methods.resolve(config.method)[0], 2.0)
     flops = samples * seq_len * forwards * forward
-    if name == "sparsegpt":
+    if isinstance(method, SecondOrder):
         flops += samples * seq_len * 2.0 * sum(width**2 for width in sizes.inputs)
-        flops += sum(4 / 3 * width**3 for width in sizes.inputs)
-        flops += sum(view.weight.numel() * view.weight.shape[1] for view in sizes.views)
+        flops += sum(method.flops(rows, width) for width, rows in sizes.inputs_and_rows)
     if _is_refined(config):
         flops += seq_len * 3.0 * forward * config.ro_rounds * min(config.ro_samples, samples)
     return sizes.count * flops
@@ -183,15 +188,17 @@ def _is_refined(config: PruneConfig) -> bool:
     return len(methods.resolve(config.method)) > 1
 
 
-def _distinct_inputs(views: list[LinearView]) -> list[int]:
-    """Widths of the tensors that feed the maps: q, k and v share one, gate and up another; an expert has its own."""
-    widths, previous = [], None
+def _distinct_inputs(views: list[LinearView]) -> list[tuple[int, int]]:
+    """(width, rows of its maps) of each tensor that feeds maps: q, k and v share one, gate and up another; an expert's own."""
+    shared: list[tuple[int, int]] = []
+    previous = None
     for view in views:
-        width, group = view.weight.shape[1], (view.name.rpartition(".")[0], view.weight.shape[1], view.index)
-        if group != previous or view.is_expert:
-            widths.append(width)
+        (rows, width), group = view.weight.shape, (view.name.rpartition(".")[0], view.weight.shape[1], view.index)
+        if group == previous and not view.is_expert:
+            rows += shared.pop()[1]
+        shared.append((width, rows))
         previous = group
-    return widths
+    return shared
 
 
 def _bytes(module: nn.Module) -> int:

@@ -3,6 +3,7 @@
 from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
 from wandapp.errors import WandappError, nearest, shorten
+from wandapp.methods.admm import ADMM
 from wandapp.methods.base import Method
 from wandapp.methods.gblm import GBLM
 from wandapp.methods.magnitude import Magnitude
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "wanda": Wanda,
     "wanda-cumulative": WandaCumulative,
     "sparsegpt": SparseGPT,
+    "admm": ADMM,
     "gblm": GBLM,
     "rgs": RegionalGradientScore,
 }

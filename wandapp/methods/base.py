@@ -4,6 +4,8 @@ A score-only method supplies `needs` and `terms`; a method that also changes the
 (`wandapp.methods.refiner`) wraps a method and improves the block that it pruned.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -121,10 +123,8 @@ class Method:
     def prune_linear_(self, view: LinearView, weight: Tensor, terms: ScoreTerms, pattern: SparsityPattern) -> None:
         """Zeroes in place the lowest scores of weight [out, in], the map's own or a master copy of it."""
         target = weight.contiguous()
-        try:
+        with scores_of(view.name):
             self.select_(target, terms, pattern)
-        except NonFiniteScoreError as error:
-            raise WandappError(f"{view.name}: {error}") from None
         if target.data_ptr() != weight.data_ptr():
             weight.copy_(target)
 
@@ -135,6 +135,15 @@ class Method:
         else:
             keep = pattern.keep(weight.shape[1])
             prune_rows_(weight, terms.column_scale, terms.gradient, keep=keep, alpha=terms.alpha)
+
+
+@contextmanager
+def scores_of(name: str) -> Iterator[None]:
+    """Puts the linear map's name in front of the message on a score that is NaN or Inf."""
+    try:
+        yield
+    except NonFiniteScoreError as error:
+        raise WandappError(f"{name}: {error}") from None
 
 
 def probe_products(block: DecoderBlock, measured: Measurements) -> dict[str, Tensor]:

@@ -8,79 +8,43 @@ import torch
 from torch import Tensor
 
 from wandapp.blocks import DecoderBlock, LinearView
-from wandapp.errors import NonFiniteScoreError, WandappError
 from wandapp.kernels.compensate import compensate_block_
 from wandapp.kernels.select import select_rows
-from wandapp.methods.base import BlockRecord, Method, ScoreTerms
+from wandapp.methods.base import BlockRecord, ScoreTerms, scores_of
+from wandapp.methods.second_order import SecondOrder
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
 
 COLUMN_BLOCK = 128
-DAMPING_STEPS = 3  # tenfold each
 
 
-class SparseGPT(Method):
+class SparseGPT(SecondOrder[Tensor]):
     """Unstructured masks are chosen per block of 128 columns over all rows, n:m masks from compensated weights."""
 
-    needs = frozenset({"hessian"})
-    compensates = True
+    title = "SparseGPT"
 
     def __init__(self, config, ranks):
         super().__init__(config, ranks)
-        self._factors: dict[int, Tensor] = {}
+        self._scales: dict[str, Tensor] = {}  # 1 / U_jj of the block's maps
 
     def terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
-        return ScoreTerms(1.0 / self._factor(view, measured, None).diagonal())
+        return ScoreTerms(self._scales[view.name])
 
     def apply(self, block: DecoderBlock, measured: Measurements, pattern: SparsityPattern, record: BlockRecord) -> None:
-        self._factors.clear()
-        for view in block.linears.values():
-            if view.is_expert and not measured.tokens.get(view.name):
-                self.prune_linear_(view, view.weight, self.checked_terms(view, measured, record), pattern)
-                continue
-            block.flops += (
-                0.0 if id(measured.hessians[view.name]) in self._factors else 4 / 3 * view.weight.shape[1] ** 3
-            )
-            factor = self._factor(view, measured, record)
-            weight = view.weight.float().contiguous()
-            dead = measured.hessians[view.name].value.diagonal() == 0
-            weight[:, dead] = 0.0
-            try:
+        self._scales.clear()
+        super().apply(block, measured, pattern, record)
+
+    def factorise(self, hessian: Tensor, damping: float) -> Tensor | None:
+        return inverse_factor(hessian, damping * hessian.diagonal().mean().item())
+
+    def solve_(self, weights: dict[str, Tensor], factor: Tensor, pattern: SparsityPattern) -> None:
+        for name, weight in weights.items():
+            self._scales[name] = 1.0 / factor.diagonal()
+            with scores_of(name):
                 solve_(weight, factor, pattern)
-            except NonFiniteScoreError as error:
-                raise WandappError(f"{view.name}: {error}") from None
-            block.flops += weight.shape[0] * weight.shape[1] ** 2  # 2 per row and pair of columns c < c'
-            if not torch.isfinite(weight).all():
-                raise WandappError(f"{view.name}: SparseGPT's compensated weights are not finite; raise --damping")
-            view.weight.copy_(weight.add_(0.0))  # -0.0 becomes +0.0
 
-    def _factor(self, view: LinearView, measured: Measurements, record: BlockRecord | None) -> Tensor:
-        """U of the map's input, computed once for all maps that share the input."""
-        hessian = measured.hessians[view.name]
-        if id(hessian) not in self._factors:
-            self._factors[id(hessian)] = self._factorise(view.name, hessian.value, record)
-        return self._factors[id(hessian)]
-
-    def _factorise(self, name: str, hessian: Tensor, record: BlockRecord | None) -> Tensor:
-        if not torch.isfinite(hessian).all():
-            raise WandappError(f"{name}: the Hessian of its inputs holds NaN or Inf; use a wider --dtype")
-        hessian = hessian.clone()
-        diagonal = hessian.diagonal()
-        diagonal[diagonal == 0] = 1.0
-        mean = diagonal.mean().item()
-        damping = self.config.damping
-        for step in range(DAMPING_STEPS + 1):
-            factor = inverse_factor(hessian, damping * 10**step * mean)
-            if factor is not None:
-                if step and record is not None:
-                    record.warnings.append(
-                        f"{name}: Hessian not positive definite, damping raised to {damping * 10**step:g}"
-                    )
-                return factor
-        raise WandappError(
-            f"{name}: the Hessian cannot be factorised even with damping {damping * 10**DAMPING_STEPS:g}; "
-            "use more or other calibration text, or a larger --damping"
-        )
+    def flops(self, out_features: int, in_features: int) -> float:
+        return 4 / 3 * in_features**3 + out_features * in_features**2  # 2 per row and pair of columns c < c'
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
