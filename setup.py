@@ -19,7 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-OPS = ["column_sumsq", "select", "compensate", "pack", "sparse_linear", "rmsprop"]
+OPS = ["column_sumsq", "select", "compensate", "pack", "sparse_linear", "rmsprop", "max_sum"]
 
 CXX_SOURCES = ["csrc/bindings.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))]
 CXX_FLAGS = [

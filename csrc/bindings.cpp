@@ -2,6 +2,7 @@
 // for the caller. Every function releases the GIL. A null address means "absent".
 #include <pybind11/pybind11.h>
 
+#include "cpu/assign.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -90,6 +91,14 @@ void rmsprop(Address weight, Address gradient, int dtype, Address mean_square, i
                           {lr, decay, epsilon}, threads);
 }
 
+void pairwise_max_sum(Address left, int64_t left_rows, Address right, int64_t right_rows, int64_t cols, Address out,
+                      int threads, const std::string& isa) {
+  kernels_of(isa).pairwise_max_sum(at<float>(left), left_rows, at<float>(right), right_rows, cols, at<float>(out),
+                                   threads);
+}
+
+void assign_rows(Address gain, int64_t size, Address taken) { assign(at<float>(gain), size, at<int64_t>(taken)); }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -122,5 +131,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("unpack", &unpack, ReleaseGil());
   module.def("sparse_linear", &sparse_linear, ReleaseGil());
   module.def("rmsprop", &rmsprop, ReleaseGil());
+  module.def("pairwise_max_sum", &pairwise_max_sum, ReleaseGil());
+  module.def("assign", &assign_rows, ReleaseGil());
   module.def("dense_linear", &dense_linear, ReleaseGil(), "One token on a dense weight, for benchmarks");
 }

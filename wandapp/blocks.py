@@ -124,6 +124,7 @@ class DecoderBlock:
     all_linears   these and the skipped ones
     calls         recorded arguments by batch size
     flops         floating-point operations spent in this block so far (multiply and add count as two)
+    heads         query heads of its attention; 0 where the config does not say
     """
 
     index: int
@@ -134,6 +135,7 @@ class DecoderBlock:
     all_linears: dict[str, LinearView]
     attention_flops_per_token: float = 0.0
     flops: float = 0.0
+    heads: int = 0
     _macs_per_token: dict[str, float] = field(default_factory=dict)
     _leaf_names: set[str] = field(default_factory=set)
     _last: str | None = None

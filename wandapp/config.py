@@ -43,6 +43,11 @@ class PruneConfig(Options):
     skip: tuple[str, ...] = Field(
         (), description="regular expression; linear maps whose dotted name has a match stay dense; may be repeated"
     )
+    permute: bool | None = Field(
+        None,
+        description="n:m: first let channels change places inside the MLP and inside attention heads, where the dense "
+        "model stays the same, so that the choice keeps more score; default: the preset's",
+    )
     magnitude_group: Literal["row", "matrix"] = Field(
         "matrix", description="comparison group of unstructured magnitude; matrix: as in the Wanda authors' code"
     )
@@ -166,6 +171,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_lr": 3e-7,
         "ro_lr_unit": "absolute",
         "ro_loss": "frobenius",
+        "permute": False,
     },
     "robust": {
         "alpha": 1.0,
@@ -174,5 +180,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_lr": 3e-3,
         "ro_lr_unit": "weight-rms",
         "ro_loss": "token",
+        "permute": False,
     },
 }

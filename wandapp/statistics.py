@@ -101,6 +101,7 @@ class Measurements:
     tokens      calibration tokens that reached each linear map
     leader      the linear map whose statistics each one shares: an earlier one fed by the same tensor, or itself
     probes      up to PROBE_TOKENS input rows [tokens, in_features] of each linear map, for layer errors
+    orders      since then, by linear map: for each output and for each input feature, which one came to its place
     """
 
     share: Share
@@ -112,6 +113,7 @@ class Measurements:
     gradients: dict[str, RegionalGradient] = field(default_factory=dict)
     probes: dict[str, Tensor] = field(default_factory=dict)
     drawn: Tensor | None = None
+    orders: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:
@@ -145,6 +147,29 @@ class Measurements:
         for statistic in dict.fromkeys(held):  # each once, in the same order on every rank
             statistic.merge_(ranks, self.share.rows)
 
+    def reorder_(self, name: str, *, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        """Follows the linear map whose output features (rows) or input features (columns), its own alone, change places.
+
+        rows, columns   [features], by place the feature that comes there; for each map and axis once
+        """
+        earlier = self.orders.get(name, (None, None))
+        self.orders[name] = earlier[0] if rows is None else rows, earlier[1] if columns is None else columns
+        if name in self.gradients:
+            gradient = self.gradients[name]
+            gradient.sumsq = _reordered(gradient.sumsq, rows, columns)
+        if columns is None or self.leader.get(name) is None:  # an expert that no token reached has no more
+            return
+        if name in self.norms:
+            self.norms[name].sumsq = _reordered(self.norms[name].sumsq, None, columns)
+        if name in self.hessians:
+            self.hessians[name].value = _reordered(self.hessians[name].value, columns, columns)
+        if name in self.probes:
+            self.probes[name] = _reordered(self.probes[name], None, columns)
+
+    def reordered(self, name: str, dense: Tensor) -> Tensor:
+        """A matrix of the map's shape that was made before the measurements, as the map's features stand now."""
+        return _reordered(dense, *self.orders.get(name, (None, None)))
+
     def among(self, drawn: Tensor | None) -> "Measurements":
         """The same measurements with input norms over the drawn samples (indices) only; None means all."""
         return replace(self, drawn=drawn)
@@ -152,6 +177,12 @@ class Measurements:
     def column_norm(self, view: LinearView) -> Tensor:
         """s_j [in_features] fp32 of the map's input."""
         return self.norms[view.name].value(self.drawn)
+
+
+def _reordered(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    if rows is not None:
+        matrix = matrix[rows.to(matrix.device)]
+    return matrix if columns is None else matrix[:, columns.to(matrix.device)]
 
 
 class Collector:

@@ -112,7 +112,16 @@ class ModelStore:
         linears = find_linears(module, name, self.skip)
         calls = {size: call.to(self.device, self._moved) for size, call in self.recording.calls[index].items()}
         pruned = _without_skipped(linears, self.skip)
-        return DecoderBlock(index, name, module, pruned, calls, linears, self.attention_flops_per_token)
+        return DecoderBlock(
+            index,
+            name,
+            module,
+            pruned,
+            calls,
+            linears,
+            self.attention_flops_per_token,
+            heads=query_heads(self.model.config),
+        )
 
     def finished(self, index: int) -> BlockRecord | None:
         """The report of a block that an earlier, interrupted run finished; its weights come with `open_block(pruned=True)`."""
@@ -145,11 +154,16 @@ class ModelStore:
 
 def attention_flops_per_token(config, seq_len: int) -> float:
     """Q K^T and P V of one block for one token, over the whole square as torch's FLOP counter counts it: 4 * T * heads * d."""
-    fields = config.get_text_config().to_dict()
-    heads = fields.get("num_attention_heads") or fields.get("n_head") or 0
+    fields, heads = config.get_text_config().to_dict(), query_heads(config)
     hidden = fields.get("hidden_size") or fields.get("n_embd") or 0
     head_size = fields.get("head_dim") or (hidden // heads if heads else 0)
     return 4.0 * seq_len * heads * head_size
+
+
+def query_heads(config) -> int:
+    """Query heads of a block's attention; 0 where the config gives no such number."""
+    fields = config.get_text_config().to_dict()
+    return fields.get("num_attention_heads") or fields.get("n_head") or 0
 
 
 def _without_skipped(linears: dict, skip: tuple[str, ...]) -> dict:

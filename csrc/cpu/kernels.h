@@ -99,6 +99,9 @@ struct Kernels {
   // The same product on a dense row-major weight: what benchmarks compare with.
   void (*dense_linear)(const void* weight, int64_t rows, int64_t cols, const LinearArgs&, int threads);
   void (*rmsprop)(float* weight, const void* gradient, Dtype, float* mean_square, int64_t count, RmspropRates, int threads);
+  // out [left_rows, right_rows] = sum over columns of max(left, right), rows of both contiguous.
+  void (*pairwise_max_sum)(const float* left, int64_t left_rows, const float* right, int64_t right_rows, int64_t cols,
+                           float* out, int threads);
 };
 
 extern const Kernels portable_kernels;

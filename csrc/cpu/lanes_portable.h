@@ -45,6 +45,10 @@ struct Portable {
     for (int i = 0; i < 16; i++) a.at[i] /= b.at[i];
     return a;
   }
+  static Floats max(Floats a, Floats b) {
+    for (int i = 0; i < 16; i++) a.at[i] = a.at[i] > b.at[i] ? a.at[i] : b.at[i];
+    return a;
+  }
   static Floats sqrt(Floats a) {
     for (int i = 0; i < 16; i++) a.at[i] = std::sqrt(a.at[i]);
     return a;

@@ -6,6 +6,7 @@
 #include "cpu/select.h"
 //
 #include "cpu/compensate.h"
+#include "cpu/max_sum.h"
 #include "cpu/pack.h"
 #include "cpu/rmsprop.h"
 //
@@ -18,7 +19,8 @@ template <class Lanes>
 constexpr Kernels table_of() {
   return {column_sumsq<Lanes>,   select_nm<Lanes>,     select_rows<Lanes>, compensate_block<Lanes>,
           pack_nm<Lanes>,        count_nonzeros<Lanes>, pack_nonzeros<Lanes>, unpack<Lanes>,
-          sparse_linear<Lanes>,  dense_linear<Lanes>,  rmsprop<Lanes>};
+          sparse_linear<Lanes>,  dense_linear<Lanes>,  rmsprop<Lanes>,
+          pairwise_max_sum<Lanes>};
 }
 
 }  // namespace

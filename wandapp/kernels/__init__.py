@@ -15,4 +15,5 @@ FUNCTIONS = {
     "unpack": "pack",
     "sparse_linear": "sparse_linear",
     "rmsprop_": "rmsprop",
+    "pairwise_max_sum": "max_sum",
 }

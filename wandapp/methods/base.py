@@ -19,6 +19,7 @@ from wandapp.errors import NonFiniteScoreError, WandappError
 from wandapp.histograms import BlockHistograms
 from wandapp.kernels.select import prune_nm_, prune_rows_
 from wandapp.pattern import SparsityPattern
+from wandapp.permutation import permute_channels
 from wandapp.statistics import Measurements, measure, token_rms
 
 ERROR_SAMPLES = 4  # leading samples on which a block's error is measured, where their dense outputs are kept
@@ -40,6 +41,7 @@ class BlockRecord:
     error_before    the same before a refiner, where there is one
     layer_errors    ||X W^T - X W'^T|| / ||X W^T|| on the first sample's leading tokens, by linear map
     histograms      counts of weights and scores before and after, from a few rows of each map (wandapp.histograms)
+    kept_score      by map whose input channels were permuted: the fraction of its score that n:m keeps, before and after
     """
 
     name: str
@@ -48,6 +50,8 @@ class BlockRecord:
     layer_errors: dict[str, float] = field(default_factory=dict)
     sparsity: dict[str, float] = field(default_factory=dict)
     histograms: dict[str, list[int]] = field(default_factory=dict)
+    kept_score: dict[str, tuple[float, float]] = field(default_factory=dict)
+    permute_seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     zeros: int = 0
     weights: int = 0
@@ -98,12 +102,38 @@ class Method:
         measured = measure(
             block, hidden, self.needs, self.ranks, outputs=self.outputs_read, loss=self.config.regional_loss
         )
+        if self.config.permute:
+            self.permute(block, hidden, measured, pattern, record)
         dense, histograms = probe_products(block, measured), BlockHistograms(block)
         self.transform(block, hidden, measured, pattern, record)
         histograms.score(lambda view: self.scorer.checked_terms(view, measured, BlockRecord(block.name)))
         record.layer_errors = layer_errors(block, measured, dense, self.ranks)
         record.histograms = histograms.close()
         return record
+
+    def permute(
+        self, block: DecoderBlock, hidden: Tensor, measured: Measurements, pattern: SparsityPattern, record: BlockRecord
+    ) -> None:
+        """Lets channels of the dense block, and what was measured of it, change places for the scorer's sake."""
+        if not pattern.is_structured:
+            if block.index == 0:
+                record.warnings.append(f"permute: whole rows choose at {pattern}, so no order of channels is better")
+            return
+        done = permute_channels(block, hidden, measured, pattern, lambda view: self.score(view, measured), self.ranks)
+        record.kept_score, record.permute_seconds = done.kept, done.seconds
+        for reason in dict.fromkeys(done.skipped.values()):
+            names = [name for name, why in done.skipped.items() if why == reason]
+            record.warnings.append(
+                f"{names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") + f": not permuted, {reason}"
+            )
+
+    def score(self, view: LinearView, measured: Measurements) -> Tensor:
+        """[out_features, in_features] fp32: the scorer's score of the map's weights as they stand."""
+        scale, gradient, alpha = self.scorer.checked_terms(view, measured, BlockRecord(view.name))
+        terms = torch.ones((), device=view.weight.device) if scale is None else scale
+        if gradient is not None:
+            terms = alpha * gradient + terms
+        return view.weight.float().abs() * terms
 
     def transform(
         self, block: DecoderBlock, hidden: Tensor, measured: Measurements, pattern: SparsityPattern, record: BlockRecord

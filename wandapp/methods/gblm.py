@@ -123,6 +123,6 @@ class GBLM(Method):
     def terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
         if view.name not in self._sums:  # an expert that no token of the dense model reached has no gradient
             return ScoreTerms(measured.column_norm(view))
-        mean = self._sums[view.name].to(view.weight.device) / measured.samples
+        mean = measured.reordered(view.name, self._sums[view.name]).to(view.weight.device) / measured.samples
         gradient = mean if self.config.gblm_norm == "l1" else mean.sqrt_()
         return ScoreTerms(measured.column_norm(view), gradient, self.config.alpha * math.sqrt(measured.samples))

@@ -1,0 +1,89 @@
+"""The order of a weight's input channels in which an n:m choice keeps the most score.
+
+    maximise over orders p    sum_i sum_g top_n { S_i,p(c) : places c of group g }
+
+top_n is the sum of the n largest, i an output row, g the groups of m consecutive places. The objective is that of Pool and Yu
+("Channel permutations for N:M sparsity", NeurIPS 2021) for any score; the search follows the refinement of
+Plug-and-Play (ICLR 2024): every group gives up one channel, and a linear sum assignment deals these out anew. With t_gi the
+n-th largest score of row i among the m - 1 channels that stay in group g, channel c brings the group
+
+    sum_i max(t_gi, S_ic)    up to a term that does not depend on c
+
+so each deal is worth exactly what the assignment says, and the kept score only rises.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wandapp import _C
+from wandapp.kernels.max_sum import pairwise_max_sum
+
+PART = 512  # groups that deal among themselves; more are cut into parts, each time anew
+MAX_ROUNDS = 4  # in a round every place of the groups is dealt once
+LEAST_GAIN = 3e-4  # of the kept score: a round that gains less is the last
+
+
+class Order(NamedTuple):
+    """Place c takes channel channels[c]; the score that n:m keeps in the given order, in this one, and the score of all."""
+
+    channels: Tensor
+    kept_before: float
+    kept: float
+    total: float
+
+
+def best_order(score: Tensor, *, n: int, m: int) -> Order:
+    """An order in which n:m keeps more score, or the given one where none is found. Equal inputs give equal orders.
+
+    score  [channels, rows] fp32, finite, >= 0: column i holds row i of the weight's scores; channels divisible by m
+    """
+    groups = torch.arange(len(score)).view(-1, m)  # [groups, m], the channels of each
+    before, total = kept_score(score, groups, n), score.sum(dtype=torch.float64).item()
+    if n == m or len(groups) == 1:
+        return Order(groups.flatten(), before, before, total)
+    best, kept = groups, before
+    generator = torch.Generator().manual_seed(len(score))
+    groups = spread(score, m)
+    for _ in range(MAX_ROUNDS):
+        for place in range(m):
+            for part in torch.randperm(len(groups), generator=generator).split(PART):
+                groups[part, place] = _dealt(score, groups[part], place, n)
+        reached = kept_score(score, groups, n)
+        if reached <= kept * (1 + LEAST_GAIN):
+            break
+        best, kept = groups.clone(), reached
+    return Order(best.flatten(), before, kept, total)
+
+
+def spread(score: Tensor, m: int) -> Tensor:
+    """Groups [channels / m, m] dealt like cards from the strongest channel to the weakest, so that no two strong ones meet."""
+    strongest_first = score.sum(dim=1, dtype=torch.float64).argsort(descending=True, stable=True).cpu()
+    return strongest_first.view(m, -1).T.contiguous()
+
+
+def kept_score(score: Tensor, groups: Tensor, n: int) -> float:
+    """What the n largest of every group and row sum to."""
+    largest = _largest([score[channels] for channels in groups.T], n)
+    return sum(part.sum(dtype=torch.float64).item() for part in largest)
+
+
+def _dealt(score: Tensor, groups: Tensor, place: int, n: int) -> Tensor:
+    """[groups] the channels at `place`, dealt anew among these groups for the largest kept score."""
+    stay = [score[groups[:, other]] for other in range(groups.shape[1]) if other != place]
+    gain = pairwise_max_sum(_largest(stay, n)[-1], score[groups[:, place]]).cpu()
+    taken = torch.empty(len(gain), dtype=torch.int64)
+    _C.assign(gain.data_ptr(), len(gain), taken.data_ptr())
+    return groups[taken, place]
+
+
+def _largest(tensors: list[Tensor], n: int) -> list[Tensor]:
+    """Element by element the n largest of at least n tensors, largest first; a few passes where a sort takes many."""
+    largest: list[Tensor] = []
+    for value in tensors:
+        for rank, held in enumerate(largest):
+            largest[rank], value = torch.maximum(held, value), torch.minimum(held, value)
+        if len(largest) < n:
+            largest.append(value)
+    return largest
