@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.kernels.compensate import compensate_block_
+from wandapp.kernels.max_sum import pairwise_max_sum
 from wandapp.kernels.pack import pack, unpack
 from wandapp.kernels.rmsprop import rmsprop_
 from wandapp.kernels.select import prune_nm_, prune_pack_nm_, prune_rows_, select_nm, select_rows
@@ -20,6 +21,7 @@ TORCH = "torch"  # in the place of a backend: the torch operations that an op re
 TOKENS = (1, 4, 16, 64)  # of the products
 STATISTICS_TOKENS = 4096  # of column_sumsq
 BLOCK_COLUMNS = 128  # of compensate_block_
+DEALT_GROUPS = 512  # of pairwise_max_sum
 
 
 class Case(NamedTuple):
@@ -171,7 +173,17 @@ def compensation(of: Inputs, backends: Backends) -> list[Case]:
     ]  # fmt: skip
 
 
-GROUPS = {group.__name__: group for group in (selection, packing, products, statistics, compensation)}
+def exchange(of: Inputs, backends: Backends) -> list[Case]:
+    """What every exchange of a channel among DEALT_GROUPS groups is worth. Bound by arithmetic, not by memory."""
+    left, right = (torch.rand(DEALT_GROUPS, of.rows, device=of.device) for _ in range(2))
+    moved, op = left.nbytes + right.nbytes + 4 * DEALT_GROUPS**2, f"pairwise_max_sum, {DEALT_GROUPS} groups"
+    return [
+        Case(op, TORCH if b == "reference" else b, moved, lambda b=b: pairwise_max_sum(left, right, backend=b))
+        for b in ("reference", *backends("pairwise_max_sum"))
+    ]
+
+
+GROUPS = {group.__name__: group for group in (selection, packing, products, statistics, compensation, exchange)}
 
 
 def torch_nm(weight: Tensor, scale: Tensor, n: int, m: int) -> Tensor:

@@ -81,10 +81,12 @@ def _eval_result(result: dict) -> EvalResult:
 
 def _what(recipe: PruneConfig, report: dict) -> str:
     zeros = f"{report['sparsity']:.2%} of the weights in {report['linears']} linear maps are zero. " if report else ""
+    is_permuted = any(block.get("kept_score") for block in report.get("blocks", []))
+    permuted = "Before that, channels inside MLPs and attention heads changed places. " if is_permuted else ""
     return (
         f"Pruned in one shot by wandapp with `{recipe.method}`. {zeros}They are stored dense, so any program that loads "
-        "the base model loads this one."
-    )
+        f"the base model loads this one. {permuted}"
+    ).strip()
 
 
 def _facts(recipe: PruneConfig, report: dict) -> str:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from wandapp import _C
+from wandapp.errors import WandappError
 from wandapp.kernels.max_sum import pairwise_max_sum
 
 PART = 512  # groups that deal among themselves; more are cut into parts, each time anew
-MAX_ROUNDS = 4  # in a round every place of the groups is dealt once
-LEAST_GAIN = 3e-4  # of the kept score: a round that gains less is the last
+MAX_ROUNDS = 8  # in a round every channel is dealt once
+LEAST_GAIN = 2e-4  # of the kept score: after two rounds in a row that gain less the search ends
 
 
 class Order(NamedTuple):
@@ -45,15 +46,20 @@ def best_order(score: Tensor, *, n: int, m: int) -> Order:
         return Order(groups.flatten(), before, before, total)
     best, kept = groups, before
     generator = torch.Generator().manual_seed(len(score))
-    groups = spread(score, m)
+    groups, idle = spread(score, m), 0
     for _ in range(MAX_ROUNDS):
+        groups = groups.gather(
+            1, torch.rand(groups.shape, generator=generator).argsort(dim=1)
+        )  # who meets whom at a place
         for place in range(m):
             for part in torch.randperm(len(groups), generator=generator).split(PART):
                 groups[part, place] = _dealt(score, groups[part], place, n)
         reached = kept_score(score, groups, n)
-        if reached <= kept * (1 + LEAST_GAIN):
+        idle = idle + 1 if reached <= kept * (1 + LEAST_GAIN) else 0
+        if reached > kept:
+            best, kept = groups.clone(), reached
+        if idle == 2:
             break
-        best, kept = groups.clone(), reached
     return Order(best.flatten(), before, kept, total)
 
 
@@ -72,10 +78,21 @@ def kept_score(score: Tensor, groups: Tensor, n: int) -> float:
 def _dealt(score: Tensor, groups: Tensor, place: int, n: int) -> Tensor:
     """[groups] the channels at `place`, dealt anew among these groups for the largest kept score."""
     stay = [score[groups[:, other]] for other in range(groups.shape[1]) if other != place]
-    gain = pairwise_max_sum(_largest(stay, n)[-1], score[groups[:, place]]).cpu()
+    gain = pairwise_max_sum(_largest(stay, n)[-1], score[groups[:, place]])
+    return groups[assignment(gain), place]
+
+
+def assignment(gain: Tensor) -> Tensor:
+    """[size] int64 on the CPU: the column each row takes, every column once, so that the sum of gain [size, size] is largest.
+
+    raises  WandappError on a gain that is NaN or Inf
+    """
+    gain = gain.to("cpu", torch.float32).contiguous()
+    if not gain.isfinite().all():
+        raise WandappError("channels cannot be put in order by scores that are not finite; use a wider --dtype")
     taken = torch.empty(len(gain), dtype=torch.int64)
     _C.assign(gain.data_ptr(), len(gain), taken.data_ptr())
-    return groups[taken, place]
+    return taken
 
 
 def _largest(tensors: list[Tensor], n: int) -> list[Tensor]:

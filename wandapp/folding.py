@@ -60,9 +60,7 @@ class Fold:
 
     def row_indices(self, block: DecoderBlock, order: Tensor) -> dict[str, Tensor]:
         """The same by place of each producer's output, [out_features]."""
-        return {
-            name: _index(rows, order, block.all_linears[name].weight.shape[0]) for name, rows in self.rows.items()
-        }
+        return {name: _index(rows, order, block.all_linears[name].weight.shape[0]) for name, rows in self.rows.items()}
 
 
 def _index(places: Tensor, order: Tensor, features: int) -> Tensor:
@@ -154,6 +152,7 @@ def _intermediate_folds(block: DecoderBlock, consumer: str, producers: list[str]
 
 def expert_fold(sibling: Fold, index: int) -> Fold:
     """The fold of another expert that is stored with the sibling's."""
+
     def of_expert(name: str) -> str:
         return f"{name.rpartition('.')[0]}.{index}"
 

@@ -94,7 +94,9 @@ class _Search:
 
     def _folds(self, consumers: list[str], trace: Trace) -> list[Fold]:
         """A fold of each consumer, the first layout that holds; where just one is possible, renaming will test it."""
-        layouts = list(zip(*(proposals(self.block, trace, name) for name in consumers if name in trace.inputs), strict=False))
+        layouts = list(
+            zip(*(proposals(self.block, trace, name) for name in consumers if name in trace.inputs), strict=False)
+        )
         if len(layouts) > 1:
             layouts = [folds for folds in layouts if self._holds(list(folds), trace)]
         if not layouts:

@@ -192,6 +192,8 @@ def _check(block: DecoderBlock, pattern: SparsityPattern, record: BlockRecord) -
 
 def _progress(report: PruneReport, record: BlockRecord, done: int, blocks: int) -> Progress:
     before = "" if record.error_before is None else f"{record.error_before:.4f} -> "
+    figures = block_figures(record)
+    kept = "score kept {kept_score_before:.1%} -> {kept_score:.1%}, ".format(**figures) if record.kept_score else ""
     return Progress(
         done,
         blocks,
@@ -199,8 +201,8 @@ def _progress(report: PruneReport, record: BlockRecord, done: int, blocks: int) 
         report.seconds,
         report.seconds / done * (blocks - done),
         report.peak_gib,
-        f"block error {before}{record.error:.4f}",
-        {**block_figures(record), "seconds": report.seconds, "peak_gib": report.peak_gib},
+        f"{kept}block error {before}{record.error:.4f}",
+        {**figures, "seconds": report.seconds, "peak_gib": report.peak_gib},
     )
 
 

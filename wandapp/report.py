@@ -78,6 +78,8 @@ def block_figures(record: BlockRecord) -> dict[str, float]:
     errors = list(record.layer_errors.values())
     before = {} if record.error_before is None else {"error_before": record.error_before}
     layers = {"mean_layer_error": sum(errors) / len(errors)} if errors else {}
+    for name, place in (("kept_score_before", 0), ("kept_score", 1)) if record.kept_score else ():
+        layers[name] = sum(kept[place] for kept in record.kept_score.values()) / len(record.kept_score)
     return {"error": record.error, **before, **layers, "sparsity": record.zeros / max(record.weights, 1)}
 
 

@@ -6,6 +6,7 @@ import torch
 from wandapp.kernels import FUNCTIONS
 from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.kernels.compensate import compensate_block_
+from wandapp.kernels.max_sum import pairwise_max_sum
 from wandapp.kernels.pack import pack, unpack
 from wandapp.kernels.rmsprop import rmsprop_
 from wandapp.kernels.select import prune_nm_, prune_pack_nm_, prune_rows_, select_nm, select_rows
@@ -31,6 +32,7 @@ CALLS = {
     "unpack": [lambda w: [unpack(PACKED)], lambda w: [unpack(PACKED_ROWS)]],
     "sparse_linear": [lambda w: [sparse_linear(w, PACKED)], lambda w: [sparse_linear(w, PACKED_ROWS, w[0, :8])]],
     "rmsprop_": [lambda w: [rmsprop_(w, torch.ones(8, 32), torch.ones(8, 32), lr=0.1)][1:]],
+    "pairwise_max_sum": [lambda w: [pairwise_max_sum(w, w[:3])]],
 }
 EACH_CALL = [pytest.param(call, id=f"{name}-{i}") for name, calls in CALLS.items() for i, call in enumerate(calls)]
 
@@ -56,6 +58,7 @@ def arguments(function):
             (weight, *rows, weight[0, :8], 8, 32, None, None),
         ],
         "rmsprop_": [(weight, gradient, gradient + 1, 0.1, 0.99, 1e-8)],
+        "pairwise_max_sum": [(weight, gradient)],
     }[function]
 
 

@@ -12,6 +12,7 @@ import torch
 from wandapp.errors import BackendUnavailableError, NonFiniteScoreError, TooManyNonZerosError
 from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.kernels.compensate import compensate_block_
+from wandapp.kernels.max_sum import pairwise_max_sum
 from wandapp.kernels.pack import Packed, pack, unpack
 from wandapp.kernels.rmsprop import rmsprop_
 from wandapp.kernels.select import prune_nm_, prune_pack_nm_, prune_rows_, select_nm, select_rows
@@ -355,3 +356,10 @@ def test_rmsprop_step(shape, dtype):
     w = weight.double() - 0.1 * gradient.double() / (v.sqrt() + 1e-8)
     torch.testing.assert_close(ours[1].cpu().double(), v, rtol=5e-6, atol=5e-7)
     torch.testing.assert_close(ours[0].cpu().double(), w, rtol=5e-6, atol=5e-7)
+
+
+@pytest.mark.parametrize("rows, other_rows, depth", [(3, 5, 7), (65, 70, 9)])
+def test_pairwise_max_sum(rows, other_rows, depth):
+    left, right = torch.randn(rows, depth), torch.randn(other_rows, depth)
+    out = pairwise_max_sum(*to_device(left, right), backend="triton").cpu()
+    torch.testing.assert_close(out, pairwise_max_sum(left, right, backend="reference"), rtol=1e-6, atol=1e-5)
