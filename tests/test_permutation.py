@@ -155,6 +155,7 @@ FOLLOWED = {
     "magnitude": {},
     "wanda": {},
     "sparsegpt": {},
+    "admm": {},
     "gblm": {},
     "rgs": {"preset": "paper"},
     "wanda++": {"ro_rounds": 1, "ro_samples": 2},

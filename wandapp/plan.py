@@ -156,11 +156,13 @@ def _method_bytes(config: PruneConfig, sizes: _Sizes, samples: int, batch_tokens
         "rgs": 4 * sizes.weights + (4 + size) * sizes.largest + with_gradients,
         "gblm": 8 * sizes.largest + with_gradients + sizes.vocabulary * batch_tokens * 8,
     }.get(name, 4 * samples * sum(sizes.inputs))
+    # A sample's inputs and outputs of all maps, before and after; a map's score, its transpose and a third of that again.
+    permuting = statistics + 4 * seq_len * sizes.crossing * size + 12 * sizes.largest if config.permute else 0
     if not _is_refined(config):
-        return forward + statistics
+        return max(forward + statistics, permuting)
     masters = (8 if size == 4 else 12) * sizes.weights  # of fp32 storage the parameter is its own master; gradients
     step = seq_len * 2 * sizes.crossing * size
-    return forward + statistics + masters + 2 * sizes.block + step
+    return max(forward + statistics + masters + 2 * sizes.block + step, permuting)
 
 
 def _scratch_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, is_streamed: bool) -> int:
@@ -179,6 +181,8 @@ def _flops(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, atten
     if isinstance(method, SecondOrder):
         flops += samples * seq_len * 2.0 * sum(width**2 for width in sizes.inputs)
         flops += sum(method.flops(rows, width) for width, rows in sizes.inputs_and_rows)
+    if config.permute:
+        flops += 3 * seq_len * forward  # before, and after either renaming
     if _is_refined(config):
         flops += seq_len * 3.0 * forward * config.ro_rounds * min(config.ro_samples, samples)
     return sizes.count * flops

@@ -91,6 +91,10 @@ class Method:
         """The score of one linear map."""
         raise NotImplementedError(f"{type(self).__name__} defines no score")
 
+    def order_terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
+        """Terms of the score by which channels are put in order, before anything is pruned: those of the choice."""
+        return self.terms(view, measured)
+
     def apply(self, block: DecoderBlock, measured: Measurements, pattern: SparsityPattern, record: BlockRecord) -> None:
         """Prunes every linear map of the block in place."""
         for view in block.linears.values():
@@ -128,12 +132,13 @@ class Method:
             )
 
     def score(self, view: LinearView, measured: Measurements) -> Tensor:
-        """[out_features, in_features] fp32: the scorer's score of the map's weights as they stand."""
-        scale, gradient, alpha = self.scorer.checked_terms(view, measured, BlockRecord(view.name))
-        terms = torch.ones((), device=view.weight.device) if scale is None else scale
+        """[out_features, in_features] fp32: by what channels are put in order, from the map's weights as they stand."""
+        is_unseen = view.is_expert and self.scorer.needs and not measured.tokens.get(view.name)
+        scale, gradient, alpha = ScoreTerms() if is_unseen else self.scorer.order_terms(view, measured)
+        score = view.weight.float().abs()
         if gradient is not None:
-            terms = alpha * gradient + terms
-        return view.weight.float().abs() * terms
+            return score.mul_(alpha * gradient + (1.0 if scale is None else scale))
+        return score if scale is None else score.mul_(scale)
 
     def transform(
         self, block: DecoderBlock, hidden: Tensor, measured: Measurements, pattern: SparsityPattern, record: BlockRecord

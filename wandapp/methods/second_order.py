@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wandapp.blocks import DecoderBlock, LinearView
 from wandapp.errors import WandappError
-from wandapp.methods.base import BlockRecord, Method
+from wandapp.methods.base import BlockRecord, Method, ScoreTerms
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
 
@@ -40,6 +40,10 @@ class SecondOrder(Method, Generic[Factor]):
     def flops(self, out_features: int, in_features: int) -> float:
         """Of solving one input's maps, which have out_features together, factorisation included."""
         raise NotImplementedError
+
+    def order_terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
+        """Wanda's: the solver's own scores depend on the order that is looked for."""
+        return ScoreTerms(measured.hessians[view.name].value.diagonal().sqrt())
 
     def apply(self, block: DecoderBlock, measured: Measurements, pattern: SparsityPattern, record: BlockRecord) -> None:
         shared: dict[int, list[LinearView]] = {}  # by their Hessian
