@@ -19,7 +19,6 @@ from wandapp.errors import NonFiniteScoreError, WandappError
 from wandapp.histograms import BlockHistograms
 from wandapp.kernels.select import prune_nm_, prune_rows_
 from wandapp.pattern import SparsityPattern
-from wandapp.permutation import permute_channels
 from wandapp.statistics import Measurements, measure, token_rms
 
 ERROR_SAMPLES = 4  # leading samples on which a block's error is measured, where their dense outputs are kept
@@ -123,6 +122,8 @@ class Method:
             if block.index == 0:
                 record.warnings.append(f"permute: whole rows choose at {pattern}, so no order of channels is better")
             return
+        from wandapp.permutation import permute_channels  # with its solver and kernel, for those who ask for it
+
         done = permute_channels(block, hidden, measured, pattern, lambda view: self.score(view, measured), self.ranks)
         record.kept_score, record.permute_seconds = done.kept, done.seconds
         for reason in dict.fromkeys(done.skipped.values()):
