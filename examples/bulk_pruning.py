@@ -26,7 +26,7 @@ jobs = [
 def run(recipe: wandapp.PruneConfig) -> tuple[PruneReport, float]:
     model, tokenizer = wandapp.load_model(recipe.model)
     report = wandapp.prune(model, tokenizer, config=recipe)
-    verified = wandapp.verify_model(model, recipe.sparsity)
+    verified = wandapp.verify_model(model, recipe.sparsity, together=recipe.is_allocated)
     assert verified.ok, verified.first_offence
     wandapp.save_pruned(model, tokenizer, recipe.out, files={"wandapp/recipe.yaml": recipe.resolved().dump_yaml()})
     return report, wandapp.perplexity(model, tokenizer, text="pydoc", seq_len=128, windows=8).perplexity

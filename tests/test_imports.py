@@ -60,6 +60,7 @@ FLOORS = {
     "wandapp.evaluation": 5,
     "wandapp.report": 5,
     "wandapp.evaluate": 5,
+    "wandapp.allocation": 5,
     "wandapp.pipeline": 5,
     "wandapp.job": 5,
     "wandapp.plan": 5,

@@ -26,7 +26,7 @@ METHODS = {
     "magnitude": {"sparsity": "0.5"},
     "wanda-cumulative": {"sparsity": "0.5"},
     "sparsegpt": {"sparsity": "4:8"},
-    "admm": {"sparsity": "0.5"},
+    "admm": {"sparsity": "0.5", "allocate": "error"},
     "gblm": {},
     "wanda++": {"ro_rounds": 2, "ro_samples": 2},
     "sparsegpt+ro": {"ro_rounds": 1, "ro_samples": 2},

@@ -164,9 +164,12 @@ def prune_with_progress(model: Any, tokenizer: Any, recipe: PruneConfig, output:
 def summary(recipe: PruneConfig, report: Any) -> dict[str, str]:
     """What a person wants to know after a run."""
     waited = report.seconds_by_phase.get("disk", 0.0)
+    by_block = report.allocation.values()
+    spread = {"by block": f"{min(by_block):.4f} to {max(by_block):.4f} ({recipe.allocate})"} if by_block else {}
     return {
         "pruned": f"{recipe.model} with {recipe.method} to {recipe.sparsity}, {report.linears} linear maps",
         "sparsity": f"{report.sparsity:.4f}",
+        **spread,
         "time": f"{report.seconds:.1f} s at {report.achieved_gflops:.0f} GFLOP/s; a plain matmul here runs at "
         f"{report.matmul_gflops:.0f} GFLOP/s",
         "waited for disk": f"{waited:.1f} s, {waited / max(report.seconds, 1e-9):.1%} of the time",
@@ -188,16 +191,21 @@ def verify_command(
     from wandapp.verify import verify_model, verify_packed
     from wandapp.weight_files import is_packed
 
-    output = Output(json_only)
+    output, path = Output(json_only), folder / "wandapp" / "recipe.yaml"
+    recipe = PruneConfig.from_yaml(path) if sparsity is None or path.is_file() else PruneConfig()
     if sparsity is None:
-        recipe = PruneConfig.from_yaml(folder / "wandapp" / "recipe.yaml")
         sparsity, skip = recipe.sparsity, skip or list(recipe.skip)
-    left_out = tuple(skip or ())
+    options: dict[str, Any] = {"skip": tuple(skip or ()), "together": recipe.is_allocated}
     if is_packed(folder):
-        report = verify_packed(folder, sparsity, skip=left_out)
+        report = verify_packed(folder, sparsity, **options)
     else:
-        report = verify_model(load_model(str(folder)).model, sparsity, skip=left_out)
-    verdict = f"ok: {report.linears} linear maps hold {sparsity}" if report.ok else f"failed: {report.first_offence}"
+        report = verify_model(load_model(str(folder)).model, sparsity, **options)
+    together = " together" if recipe.is_allocated else ""
+    verdict = (
+        f"ok: {report.linears} linear maps{together} hold {sparsity}"
+        if report.ok
+        else f"failed: {report.first_offence}"
+    )
     output.result(f"{verdict} (sparsity {report.sparsity:.4f})")
     output.finish(
         {"ok": report.ok, "linears": report.linears, "sparsity": report.sparsity, "first_offence": report.first_offence}

@@ -7,9 +7,9 @@ resolved form: `wandapp prune --config OUT/wandapp/recipe.yaml --out NEW` repeat
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from wandapp.errors import shorten
+from wandapp.errors import WandappError, shorten
 from wandapp.options import Options
 from wandapp.pattern import SparsityPattern
 
@@ -48,6 +48,15 @@ class PruneConfig(Options):
         description="n:m: first let channels change places inside the MLP and inside attention heads, where the dense "
         "model stays the same, so that the choice keeps more score; default: the preset's",
     )
+    allocate: Literal["uniform", "owl", "error"] = Field(
+        "uniform",
+        description="how a fraction of zeros is spread over blocks. uniform: all alike; owl: by outliers of the score "
+        "(arXiv:2310.05175); error: by the blocks' errors",
+    )
+    allocate_spread: float = Field(
+        0.08, gt=0, lt=1, description="lambda of owl; with error, how far a block may be from the target"
+    )
+    owl_outlier: float = Field(5.0, gt=0, description="M of owl: scores above M times the block's mean are outliers")
     magnitude_group: Literal["row", "matrix"] = Field(
         "matrix", description="comparison group of unstructured magnitude; matrix: as in the Wanda authors' code"
     )
@@ -117,6 +126,11 @@ class PruneConfig(Options):
         """The parsed `sparsity`."""
         return SparsityPattern.parse(self.sparsity)
 
+    @property
+    def is_allocated(self) -> bool:
+        """Whether blocks differ in sparsity, so that `sparsity` is that of all together."""
+        return self.allocate != "uniform"
+
     def resolved(self) -> "PruneConfig":
         """The same with every open method option filled in from the preset."""
         return self.with_values(PRESETS[self.preset])
@@ -125,6 +139,16 @@ class PruneConfig(Options):
     @classmethod
     def _normalise_sparsity(cls, value: Any) -> str:
         return str(SparsityPattern.parse(value))
+
+    @field_validator("allocate")
+    @classmethod
+    def _fits_the_pattern(cls, value: str, info: ValidationInfo) -> str:
+        if value != "uniform" and ":" in info.data.get("sparsity", ""):
+            raise WandappError(
+                f"allocate {value}: {info.data['sparsity']} keeps as many of every group in all blocks, so there is nothing to "
+                "spread; give a fraction of zeros such as 0.6, or leave out --allocate"
+            )
+        return value
 
     @field_validator("dtype", mode="before")
     @classmethod

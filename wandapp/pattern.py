@@ -9,7 +9,8 @@ n:m names what is *kept*: 2:4 keeps two of four, 1:4 keeps one. All groups run a
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from wandapp.errors import WandappError
@@ -28,6 +29,7 @@ class SparsityPattern:
     sparsity: float  # fraction of zeros
     n: int | None = None  # kept of every m; None: unstructured
     m: int | None = None
+    exact_zeros: int | None = None  # in a whole [out, in] weight, where they were counted out (wandapp.allocation)
 
     @classmethod
     def parse(cls, text: str | float | SparsityPattern) -> SparsityPattern:
@@ -63,6 +65,16 @@ class SparsityPattern:
         if self.is_structured:
             return in_features // self.m * self.n
         return in_features - int(in_features * self.sparsity)
+
+    def zeros(self, out_features: int, in_features: int) -> int:
+        """Number of weights to remove from a whole [out, in] weight: as counted out, or as many as its rows lose together."""
+        if self.exact_zeros is not None:
+            return self.exact_zeros
+        return out_features * (in_features - self.keep(in_features))
+
+    def at(self, name: str) -> SparsityPattern:
+        """The pattern of one linear map, by its dotted name."""
+        return self
 
     def require_fit(self, name: str, in_features: int) -> None:
         """Raise unless a linear map of that many inputs can hold the pattern; `name` is its dotted name."""
@@ -115,6 +127,18 @@ class SparsityPattern:
     def holds(self, weight: Tensor, group: Literal["row", "matrix"] = "row") -> bool:
         """Whether a [out, in] weight has the pattern; more zeros than asked for are fine."""
         return self.first_violation(weight, group) is None
+
+
+@dataclass(frozen=True)
+class AllocatedPattern(SparsityPattern):
+    """An unstructured pattern whose zeros are counted out by linear map; their sum is exact."""
+
+    zeros_by_map: Mapping[str, int] = field(default_factory=dict, hash=False)
+    weights_by_map: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    def at(self, name: str) -> SparsityPattern:
+        zeros = self.zeros_by_map[name]
+        return SparsityPattern(zeros / self.weights_by_map[name], exact_zeros=zeros)
 
 
 def _first_true(mask: Tensor) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wandapp import methods
+from wandapp.allocation import allocate
 from wandapp.blocks import DecoderBlock
 from wandapp.calibration import Calibration, load_calibration, save_tokens
 from wandapp.config import PruneConfig
@@ -67,7 +68,8 @@ def prune_store(
     ranks, model, device = ranks or Ranks(), store.model, store.device
     method = methods.create(config, ranks)
     calibrated = ranks.first(lambda: _calibrate(calibration, tokenizer, config, model))
-    tokens = calibrated.tokens if method.reads_samples else calibrated.tokens[:1]  # others only probe the error
+    reads_samples = method.reads_samples or config.is_allocated
+    tokens = calibrated.tokens if reads_samples else calibrated.tokens[:1]  # others only probe the error
     # One size for all ranks, whatever each one's number of samples: refiners step through batches together.
     batch_size = min(config.batch_size or auto_batch_size(device, tokens), max(1, len(tokens) // ranks.size))
     report = PruneReport(
@@ -85,7 +87,7 @@ def prune_store(
     if on_begin:
         on_begin(report)
     with _frozen(model), kept_pages():
-        _run(store, method, tokens, config.pattern, report, on_progress)
+        _run(store, method, tokens, config, report, on_progress)
     report.join(ranks)
     return report
 
@@ -105,13 +107,18 @@ def _calibrate(calibration: str | Tensor | None, tokenizer, config: PruneConfig,
     return calibrated
 
 
-def _run(store: ModelStore, method, tokens: Tensor, pattern: SparsityPattern, report: PruneReport, on_progress) -> None:
+def _run(store: ModelStore, method, tokens: Tensor, config: PruneConfig, report: PruneReport, on_progress) -> None:
     clock = _Clock(report.seconds_by_phase)
     own = tokens[method.ranks.deal(len(tokens))]
     rate = MachineRate(store.device, next(store.model.parameters()).dtype)
     with clock("record"):
         # A rank without a sample borrows one to learn the calls' arguments.
         hidden = store.record(own if len(own) else tokens[:1], report.batch_size)[: len(own)]
+    pattern = config.pattern
+    if config.is_allocated:
+        with clock("allocate"):
+            pattern, report.allocation, flops = allocate(store, method, config, hidden)
+            report.flops += flops
     with clock("prepare"):
         if store.done < len(store):
             report.flops += method.prepare(store, own, hidden)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from wandapp import methods
+from wandapp.allocation import SAMPLES as ALLOCATION_SAMPLES
 from wandapp.blocks import LinearView, find_blocks, find_linears
 from wandapp.calibration import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, is_token_file, read_tokens
 from wandapp.config import PruneConfig
@@ -99,7 +100,7 @@ def plan_run(config: PruneConfig) -> Plan:
     is_streamed = streams(config, say=lambda text: None)
     model = open_skeleton(config)
     samples, seq_len = _calibration_shape(config)
-    used = samples if method.needs else 1
+    used = samples if method.needs or config.is_allocated else 1
     batch = min(config.batch_size or auto_batch_size(device, torch.empty(used, seq_len)), used)
     sizes, own = _Sizes(model, config), resident_bytes() + LATER_BYTES if device.type == "cpu" else 0
     rate = MachineRate(device, model.dtype)
@@ -183,6 +184,8 @@ def _flops(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, atten
         flops += sum(method.flops(rows, width) for width, rows in sizes.inputs_and_rows)
     if config.permute:
         flops += 3 * seq_len * forward  # before, and after either renaming
+    if config.is_allocated:
+        flops += min(ALLOCATION_SAMPLES, samples) * seq_len * (1 if config.allocate == "owl" else 3) * forward
     if _is_refined(config):
         flops += seq_len * 3.0 * forward * config.ro_rounds * min(config.ro_samples, samples)
     return sizes.count * flops

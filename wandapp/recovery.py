@@ -185,7 +185,7 @@ def _state_folder(out: Path, resume: bool) -> Path:
 
 def _verified(model: nn.Module, recipe: PruneConfig, complaint: str) -> int:
     """Zeros in the pruned linear maps, after a check that the pattern holds and no zero is negative."""
-    found = verify_model(model, recipe.pattern, recipe.skip)
+    found = verify_model(model, recipe.pattern, recipe.skip, together=recipe.is_allocated)
     if not found.ok:
         raise WandappError(f"{complaint} ({found.first_offence})")
     return found.zeros

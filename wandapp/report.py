@@ -91,6 +91,7 @@ class PruneReport:
     seconds           wall time of recording and pruning, model loading and rate sampling excluded
     flops             by formula: linear maps and attention (whole square), forwards and backwards, Gram matrices, solver
     achieved_gflops   flops / seconds;  matmul_gflops: a dense square product's rate, measured during the run
+    allocation        sparsity that --allocate gave each block, by name; empty: all alike
     ranks             processes that shared the samples: flops and rates are those of all, peak_gib the largest
     """
 
@@ -113,6 +114,7 @@ class PruneReport:
     matmul_gflops: float = math.nan
     linears: int = 0
     kept_dense: list[str] = field(default_factory=list)
+    allocation: dict[str, float] = field(default_factory=dict)
     blocks: list[BlockRecord] = field(default_factory=list)
     zeros: int = 0
     weights: int = 0

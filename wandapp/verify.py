@@ -34,19 +34,24 @@ class VerifyReport:
         return self.zeros / max(self.weights, 1)
 
 
-def verify_model(model: nn.Module, pattern: SparsityPattern | str, skip: tuple[str, ...] = ()) -> VerifyReport:
+def verify_model(
+    model: nn.Module, pattern: SparsityPattern | str, skip: tuple[str, ...] = (), *, together: bool = False
+) -> VerifyReport:
     """Checks every linear map in the decoder blocks, along its true input dimension.
 
     n:m            at most n non-zeros in every m consecutive inputs
     unstructured   at least the stated fraction of zeros in every linear map (rows may differ: methods compare over rows or
                    over the matrix)
+    together       the fraction is promised of all linear maps together, as `--allocate` does (`PruneConfig.is_allocated`)
     """
     pattern = SparsityPattern.parse(pattern)
     store = ModelStore(model, pattern, skip=tuple(skip), device=torch.device("cpu"))
-    return _verify(((view, view.weight) for linears in store.linears for view in linears.values()), pattern)
+    return _verify(((view, view.weight) for linears in store.linears for view in linears.values()), pattern, together)
 
 
-def verify_packed(folder: str | Path, pattern: SparsityPattern | str, skip: tuple[str, ...] = ()) -> VerifyReport:
+def verify_packed(
+    folder: str | Path, pattern: SparsityPattern | str, skip: tuple[str, ...] = (), *, together: bool = False
+) -> VerifyReport:
     """`verify_model` for a packed checkpoint, one tensor at a time; linear maps that it holds dense are checked too."""
     pattern = SparsityPattern.parse(pattern)
     checkpoint = PackedCheckpoint(folder)
@@ -62,10 +67,10 @@ def verify_packed(folder: str | Path, pattern: SparsityPattern | str, skip: tupl
             rows = [checkpoint.read_view(tensor, view) for tensor, view in its_pieces]
             yield its_pieces[0][1], rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    return _verify(weights(), pattern)
+    return _verify(weights(), pattern, together)
 
 
-def _verify(weights: Iterable[tuple[LinearView, Tensor]], pattern: SparsityPattern) -> VerifyReport:
+def _verify(weights: Iterable[tuple[LinearView, Tensor]], pattern: SparsityPattern, together: bool) -> VerifyReport:
     linears = zeros = count = negative = 0
     first = None
     for view, weight in weights:
@@ -73,12 +78,18 @@ def _verify(weights: Iterable[tuple[LinearView, Tensor]], pattern: SparsityPatte
         zeros += int((weight == 0).sum())
         negative += int(((weight == 0) & torch.signbit(weight)).sum())
         count += weight.numel()
-        first = first or offence(view, weight, pattern)
+        first = first or (None if together else offence(view, weight, pattern))
+    if together and zeros < int(pattern.sparsity * count):
+        first = (
+            f"all {linears} linear maps together: {zeros} zeros, {pattern} of {count} weights asks for "
+            f"{int(pattern.sparsity * count)}"
+        )
     return VerifyReport(first is None, str(pattern), linears, zeros, count, negative, first)
 
 
 def offence(view: LinearView, weight: Tensor, pattern: SparsityPattern) -> str | None:
     """One sentence on the first place where weight [out, in] breaks the pattern, or None."""
+    pattern = pattern.at(view.name)
     if pattern.is_structured:
         position = pattern.first_violation(weight)
         if position is None:
@@ -90,7 +101,7 @@ def offence(view: LinearView, weight: Tensor, pattern: SparsityPattern) -> str |
             f"{pattern} allows {pattern.n}"
         )
     rows, columns = weight.shape
-    promised = 1 - rows * pattern.keep(columns) / max(weight.numel(), 1) - ROUNDING
+    promised = pattern.zeros(rows, columns) / max(weight.numel(), 1) - ROUNDING
     present = weight != 0
     found = 1 - int(present.sum()) / max(weight.numel(), 1)
     if found >= promised:

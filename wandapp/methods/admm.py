@@ -60,7 +60,7 @@ class ADMM(SecondOrder[ScaledHessian]):
         splittings = {}
         for name, weight in weights.items():
             with scores_of(name):
-                splittings[name] = Splitting(weight.mul_(factor.scale), pattern)
+                splittings[name] = Splitting(weight.mul_(factor.scale), pattern.at(name))
         for stage, rho in enumerate(RHO):
             product = inverse(factor.value, rho) if stage else factor.first
             for splitting in splittings.values():
@@ -107,10 +107,10 @@ def inverse(hessian: Tensor, rho: float) -> Tensor | None:
 
 
 def choose(weight: Tensor, pattern: SparsityPattern) -> Tensor:
-    """Mask of the largest magnitudes: n of every m, or of the whole weight [out, in] as many as its rows may keep together."""
+    """Mask of the largest magnitudes: n of every m, or of the whole weight [out, in] its part."""
     if pattern.is_structured:
         return select_nm(weight, n=pattern.n, m=pattern.m)
-    keep = len(weight) * pattern.keep(weight.shape[1])
+    keep = weight.numel() - pattern.zeros(*weight.shape)
     return select_rows(weight.reshape(1, -1), keep=keep).view(weight.shape)
 
 

@@ -64,6 +64,7 @@ class Method:
 
     needs: frozenset[str] = frozenset()  # statistics it reads (wandapp.statistics)
     compensates = False  # whether it also changes the weights it keeps
+    is_exact = True  # whether it removes as many weights as it is asked to
     outputs_read: int | None = 1  # leading samples whose dense outputs it reads; None: all
 
     def __init__(self, config: PruneConfig, ranks: Ranks):
@@ -160,7 +161,7 @@ class Method:
         """Zeroes in place the lowest scores of weight [out, in], the map's own or a master copy of it."""
         target = weight.contiguous()
         with scores_of(view.name):
-            self.select_(target, terms, pattern)
+            self.select_(target, terms, pattern.at(view.name))
         if target.data_ptr() != weight.data_ptr():
             weight.copy_(target)
 
@@ -169,8 +170,12 @@ class Method:
         if pattern.is_structured:
             prune_nm_(weight, terms.column_scale, terms.gradient, n=pattern.n, m=pattern.m, alpha=terms.alpha)
         else:
-            keep = pattern.keep(weight.shape[1])
-            prune_rows_(weight, terms.column_scale, terms.gradient, keep=keep, alpha=terms.alpha)
+            for rows, keep in rows_to_keep(weight, pattern):
+                gradient = None if terms.gradient is None else terms.gradient[rows]
+                try:
+                    prune_rows_(weight[rows], terms.column_scale, gradient, keep=keep, alpha=terms.alpha)
+                except NonFiniteScoreError as error:
+                    raise NonFiniteScoreError(rows.start + error.row, error.column) from None
 
 
 @contextmanager
@@ -180,6 +185,17 @@ def scores_of(name: str) -> Iterator[None]:
         yield
     except NonFiniteScoreError as error:
         raise WandappError(f"{name}: {error}") from None
+
+
+def rows_to_keep(weight: Tensor, pattern: SparsityPattern) -> list[tuple[slice, int]]:
+    """(rows, weights that each of them keeps): all alike, but for counted zeros that the rows of [out, in] do not divide.
+
+    The last rows lose one weight more then.
+    """
+    rows, columns = weight.shape
+    removed, last = divmod(pattern.zeros(rows, columns), max(rows, 1))
+    parts = [(slice(0, rows - last), columns - removed), (slice(rows - last, rows), columns - removed - 1)]
+    return parts if last else parts[:1]
 
 
 def probe_products(block: DecoderBlock, measured: Measurements) -> dict[str, Tensor]:

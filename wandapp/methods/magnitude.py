@@ -19,4 +19,5 @@ class Magnitude(Method):
         if pattern.is_structured or self.config.magnitude_group == "row":
             super().select_(weight, terms, pattern)
         else:
-            prune_rows_(weight.view(1, -1), keep=pattern.keep(weight.numel()))
+            size = weight.numel()
+            prune_rows_(weight.view(1, -1), keep=size - pattern.zeros(1, size))

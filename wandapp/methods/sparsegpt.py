@@ -41,7 +41,7 @@ class SparseGPT(SecondOrder[Tensor]):
         for name, weight in weights.items():
             self._scales[name] = 1.0 / factor.diagonal()
             with scores_of(name):
-                solve_(weight, factor, pattern)
+                solve_(weight, factor, pattern.at(name))
 
     def flops(self, out_features: int, in_features: int) -> float:
         return 4 / 3 * in_features**3 + out_features * in_features**2  # 2 per row and pair of columns c < c'
@@ -68,12 +68,20 @@ def solve_(weight: Tensor, factor: Tensor, pattern: SparsityPattern) -> None:
         if pattern.is_structured:
             error = compensate_block_(block, block_factor, n=pattern.n, m=pattern.m).error
         else:
-            error = compensate_block_(block, block_factor, mask=_block_mask(block, block_factor, pattern)).error
+            mask = _block_mask(block, block_factor, block.numel() - block_zeros(weight.shape, part, pattern))
+            error = compensate_block_(block, block_factor, mask=mask).error
         weight[:, part.stop :].addmm_(error, factor[part, part.stop :], alpha=-1.0)
 
 
-def _block_mask(block: Tensor, factor: Tensor, pattern: SparsityPattern) -> Tensor:
-    """Mask [out, width] that removes exactly int(size * sparsity) of the block's smallest |w| / U_jj, over all rows."""
-    flat = block.reshape(1, -1)
+def block_zeros(shape: tuple[int, ...], part: slice, pattern: SparsityPattern) -> int:
+    """Weights to remove from the columns `part` of a map: int(size * sparsity), or their part of zeros that are counted."""
+    rows, columns = shape
+    if pattern.exact_zeros is None:
+        return int(rows * (part.stop - part.start) * pattern.sparsity)
+    return pattern.exact_zeros * part.stop // columns - pattern.exact_zeros * part.start // columns
+
+
+def _block_mask(block: Tensor, factor: Tensor, keep: int) -> Tensor:
+    """Mask [out, width] of the block's `keep` largest |w| / U_jj, over all rows."""
     scale = (1.0 / factor.diagonal()).repeat(block.shape[0])
-    return select_rows(flat, scale, keep=pattern.keep(flat.shape[1])).view(block.shape)
+    return select_rows(block.reshape(1, -1), scale, keep=keep).view(block.shape)

@@ -17,6 +17,8 @@ class WandaCumulative(Wanda):
     lies between two neighbours any more. n:m patterns leave no such freedom and equal Wanda.
     """
 
+    is_exact = False
+
     def select_(self, weight: Tensor, terms: ScoreTerms, pattern: SparsityPattern) -> None:
         if pattern.is_structured:
             return super().select_(weight, terms, pattern)
