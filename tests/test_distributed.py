@@ -82,7 +82,8 @@ def test_ranks_choose_the_masks_of_one_process(tiny_model, tmp_path, size, sampl
             assert all(torch.equal(value, first[name]) for name, value in end.result[method][0].items())
         assert disputed(first, alone[method][0]) <= 1e-3, method
         errors = [block.error for block in report.blocks]
-        assert errors == pytest.approx([block.error for block in alone[method][1].blocks], rel=1e-4)
+        swaps = 2e-3 if method == "admm" else 1e-4  # what rounding swaps is carried on by admm's iterations
+        assert errors == pytest.approx([block.error for block in alone[method][1].blocks], rel=swaps)
         assert report.ranks == size and report.samples == alone[method][1].samples
 
 
