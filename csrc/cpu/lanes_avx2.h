@@ -4,15 +4,21 @@
 namespace wandapp {
 namespace {
 
-struct ExpandPlaces {
-  int8_t of_mask[256][8] = {};
-  constexpr ExpandPlaces() {
+// What AVX2 has no instruction for, by tables over the masks of eight lanes.
+struct PlacesOfMask {
+  int8_t value_of_lane[256][8] = {};  // expanding: which of the next values a lane takes, -1 for none
+  int8_t lane_of_value[256][8] = {};  // compressing: which lane the next values come from; behind the last one any
+  constexpr PlacesOfMask() {
     for (int mask = 0; mask < 256; mask++) {
-      for (int lane = 0, next = 0; lane < 8; lane++) of_mask[mask][lane] = int8_t(mask >> lane & 1 ? next++ : -1);
+      for (int lane = 0, next = 0; lane < 8; lane++) {
+        const bool set = mask >> lane & 1;
+        value_of_lane[mask][lane] = int8_t(set ? next : -1);
+        if (set) lane_of_value[mask][next++] = int8_t(lane);
+      }
     }
   }
 };
-constexpr ExpandPlaces kPlaces;
+constexpr PlacesOfMask kPlaces;
 
 struct Avx2 {
   struct Floats {
@@ -38,8 +44,8 @@ struct Avx2 {
     store_256(to, _mm256_permute4x64_epi64(words, 0xd8));
   }
   static void store(Half* to, Floats a) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a.low, _MM_FROUND_TO_NEAREST_INT));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 8), _mm256_cvtps_ph(a.high, _MM_FROUND_TO_NEAREST_INT));
+    store_128(to, _mm256_cvtps_ph(a.low, _MM_FROUND_TO_NEAREST_INT));
+    store_128(to + 8, _mm256_cvtps_ph(a.high, _MM_FROUND_TO_NEAREST_INT));
   }
   static Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
   static Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
@@ -82,9 +88,16 @@ struct Avx2 {
   static Floats pick(Floats low, Floats high, Places places) {
     return {pick8(low.low, high.low, places.low), pick8(low.high, high.high, places.high)};
   }
+  static void spread16(const float* values, uint32_t mask, float* to) {
+    _mm256_storeu_ps(to, expand8(values, mask & 255));
+    _mm256_storeu_ps(to + 8, expand8(values, mask >> 8));
+  }
   template <class T>
   static void spread16(const T* values, uint32_t mask, T* to) {
-    Portable::spread16(values, mask, to);
+    const __m128i low = bytes_of_places(kPlaces.value_of_lane[mask & 255]);
+    const __m128i high = bytes_of_places(kPlaces.value_of_lane[mask >> 8]);
+    store_128(to, _mm_shuffle_epi8(load_128(values), low));
+    store_128(to + 8, _mm_shuffle_epi8(load_128(values + __builtin_popcount(mask & 255)), high));
   }
 
   static Bits magnitude(Floats a) {
@@ -136,8 +149,7 @@ struct Avx2 {
     for (int half = 0; half < 2; half++, weight += 8, keep >>= 8) {
       const __m256i kept = lanes_of_bits(keep);
       const __m256i bits = load_256(weight);
-      const __m256i zero = _mm256_cmpeq_epi32(_mm256_slli_epi32(bits, 1), _mm256_setzero_si256());
-      store_256(weight, _mm256_and_si256(_mm256_andnot_si256(zero, kept), bits));
+      store_256(weight, _mm256_and_si256(_mm256_andnot_si256(is_zero32(bits), kept), bits));
     }
   }
   template <class T>
@@ -147,18 +159,22 @@ struct Avx2 {
     const __m256i bits = load_256(weight);
     store_256(weight, _mm256_and_si256(_mm256_andnot_si256(is_zero16(bits), kept), bits));
   }
+  // Whole registers are stored, and what lies behind the kept weights is overwritten by the next ones: masked stores are slow.
   template <class T>
-  static T* append(T* to, const T* weight, uint32_t mask) {
-    return Portable::append(to, weight, mask);
+  static T* append(T* to, const T* end, const T* weight, uint32_t mask) {
+    if (end - to < 16) return Portable::append(to, end, weight, mask);
+    to = append8(to, weight, mask & 255);
+    return append8(to, weight + 8, mask >> 8);
   }
   static void store_bools(uint8_t* to, uint32_t keep) {
     const __m128i bit = _mm_set1_epi64x(int64_t(0x8040201008040201));
     const __m128i spread = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     const __m128i bytes = _mm_and_si128(_mm_shuffle_epi8(_mm_cvtsi32_si128(int(keep)), spread), bit);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_min_epu8(bytes, _mm_set1_epi8(1)));
+    store_128(to, _mm_min_epu8(bytes, _mm_set1_epi8(1)));
   }
 
  private:
+  static __m128i load_64(const int8_t* from) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)); }
   template <class T>
   static __m128i load_128(const T* from) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -171,20 +187,42 @@ struct Avx2 {
   static void store_256(T* to, __m256i bits) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
   }
+  template <class T>
+  static void store_128(T* to, __m128i bits) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
+  }
   // All ones in the lanes of the lowest eight bits.
   static __m256i lanes_of_bits(uint32_t bits) {
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);
   }
-  // The next values go to the lanes of the mask's bits, by a table of all 256 masks: which value each lane takes, -1
-  // for none. The sign then blanks the lane.
+  // The next values go to the lanes of the mask's bits; the sign of a place blanks its lane.
   template <class T>
   static __m256 expand8(const T*& values, uint32_t mask) {
-    const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.of_mask[mask]));
-    const __m256i take = _mm256_cvtepi8_epi32(places);
+    const __m256i take = _mm256_cvtepi8_epi32(load_64(kPlaces.value_of_lane[mask]));
     const __m256 placed = _mm256_permutevar8x32_ps(widen8(values), take);
     values += __builtin_popcount(mask);
     return _mm256_blendv_ps(placed, _mm256_setzero_ps(), _mm256_castsi256_ps(take));
+  }
+  // Writes eight weights; those of the mask's bits come first, -0.0 as +0.0.
+  static float* append8(float* to, const float* weight, uint32_t mask) {
+    const __m256i bits = load_256(weight);
+    const __m256i positive = _mm256_andnot_si256(is_zero32(bits), bits);
+    const __m256i lanes = _mm256_cvtepi8_epi32(load_64(kPlaces.lane_of_value[mask]));
+    store_256(to, _mm256_permutevar8x32_epi32(positive, lanes));
+    return to + __builtin_popcount(mask);
+  }
+  template <class T>
+  static T* append8(T* to, const T* weight, uint32_t mask) {
+    const __m128i bits = load_128(weight);
+    const __m128i zero = _mm_cmpeq_epi16(_mm_slli_epi16(bits, 1), _mm_setzero_si128());
+    store_128(to, _mm_shuffle_epi8(_mm_andnot_si128(zero, bits), bytes_of_places(kPlaces.lane_of_value[mask])));
+    return to + __builtin_popcount(mask);
+  }
+  // The two bytes of each of eight 16-bit places; both of place -1 have the bit with which pshufb blanks a byte.
+  static __m128i bytes_of_places(const int8_t* places) {
+    const __m128i place = load_64(places), low = _mm_add_epi8(place, place);
+    return _mm_unpacklo_epi8(low, _mm_add_epi8(low, _mm_set1_epi8(1)));
   }
   static __m256 pick8(__m256 low, __m256 high, __m256i places) {
     return _mm256_blend_ps(_mm256_permutevar_ps(low, places), _mm256_permutevar_ps(high, places), 0xcc);
@@ -195,12 +233,15 @@ struct Avx2 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_128(from)), 16));
   }
   static __m256 widen8(const int8_t* from) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_64(from)));
   }
   static __m256i rounded_bf16(__m256 a) {
     const __m256i bits = _mm256_castps_si256(a);
     const __m256i even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, even), _mm256_set1_epi32(0x7fff)), 16);
+  }
+  static __m256i is_zero32(__m256i bits) {
+    return _mm256_cmpeq_epi32(_mm256_slli_epi32(bits, 1), _mm256_setzero_si256());
   }
   static __m256i is_zero16(__m256i bits) {
     return _mm256_cmpeq_epi16(_mm256_slli_epi16(bits, 1), _mm256_setzero_si256());

@@ -101,14 +101,14 @@ struct Avx512 {
     __m256i kept = _mm256_maskz_mov_epi16(__mmask16(keep & nonzero(weight)), load_16bit(weight));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight), kept);
   }
-  static float* append(float* to, const float* weight, uint32_t mask) {
+  static float* append(float* to, const float*, const float* weight, uint32_t mask) {
     const __m512 kept = _mm512_maskz_loadu_ps(__mmask16(nonzero(weight)), weight);
     _mm512_mask_storeu_ps(to, __mmask16(lanes_of_count(mask)), _mm512_maskz_compress_ps(__mmask16(mask), kept));
     return to + __builtin_popcount(mask);
   }
   // Compressing 16-bit lanes needs VBMI2; 32-bit ones do not.
   template <class T>
-  static T* append(T* to, const T* weight, uint32_t mask) {
+  static T* append(T* to, const T*, const T* weight, uint32_t mask) {
     const __m512i kept = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(nonzero(weight)), weight));
     const __m256i values = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(__mmask16(mask), kept));
     _mm256_mask_storeu_epi16(to, __mmask16(lanes_of_count(mask)), values);

@@ -161,9 +161,9 @@ struct Portable {
     for (int i = 0; i < 16; i++) weight[i] = keep >> i & 1 ? weight[i] : T{};
   }
   // The weights whose bit is set go to `to`, one after another, -0.0 as +0.0; returns where the next one would go. It may read
-  // all 16 weights, and writes nothing beyond those.
+  // all 16 weights, and write anything between those values and `end`, where the values of the row or tile end.
   template <class T>
-  static T* append(T* to, const T* weight, uint32_t mask) {
+  static T* append(T* to, const T*, const T* weight, uint32_t mask) {
     for (; mask; mask &= mask - 1) *to++ = stored(weight[__builtin_ctz(mask)]);
     return to;
   }

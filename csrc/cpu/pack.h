@@ -19,19 +19,20 @@ uint32_t nonzero_at(const T* weight, int64_t c, int64_t cols) {
   return Lanes::nonzero(padded);
 }
 
-// Appends the row's weights at columns c + (the mask's bits).
+// Appends the row's weights at columns c + (the mask's bits) to its values, which end at `end`.
 template <class Lanes, class T>
-T* append_at(T* values, const T* weight, int64_t c, int64_t cols, uint32_t mask) {
-  if (cols - c >= 16) return Lanes::append(values, weight + c, mask);
+T* append_at(T* values, const T* end, const T* weight, int64_t c, int64_t cols, uint32_t mask) {
+  if (cols - c >= 16) return Lanes::append(values, end, weight + c, mask);
   T padded[16] = {};
   std::copy_n(weight + c, cols - c, padded);
-  return Lanes::append(values, padded, mask);
+  return Lanes::append(values, end, padded, mask);
 }
 
 // One row, m a divisor of 16. Returns the first column of the first group with more than n non-zeros, or -1.
 template <class Lanes, int m, class T>
 int64_t pack_row_nm(const T* weight, int64_t cols, int n, T* values, uint8_t* row_mask) {
   const uint32_t full = in_every_group<m>(n);
+  const T* end = values + cols / m * n;
   for (int64_t c = 0; c < cols; c += 16) {
     const uint32_t nonzero = nonzero_at<Lanes>(weight, c, cols);
     const int lanes = int(std::min<int64_t>(16, cols - c));
@@ -43,7 +44,7 @@ int64_t pack_row_nm(const T* weight, int64_t cols, int n, T* values, uint8_t* ro
         mask |= stored_of_group(group, n, m) << first;
       }
     }
-    values = append_at<Lanes>(values, weight, c, cols, mask);
+    values = append_at<Lanes>(values, end, weight, c, cols, mask);
     std::memcpy(row_mask + c / 8, &mask, (lanes + 7) / 8);
   }
   return -1;
@@ -109,10 +110,11 @@ void pack_nonzeros_of(const PackArgs& args, const int64_t* row_offsets, int thre
     for (int64_t row = task * kPackRows; row < std::min((task + 1) * kPackRows, args.rows); row++) {
       const T* weight = static_cast<const T*>(args.weight) + row * args.weight_stride;
       T* values = static_cast<T*>(args.values) + row_offsets[row];
+      const T* end = static_cast<T*>(args.values) + row_offsets[row + 1];
       uint8_t* row_mask = args.bitmask + row * ((args.cols + 7) / 8);
       for (int64_t c = 0; c < args.cols; c += 16) {
         const uint32_t mask = nonzero_at<Lanes>(weight, c, args.cols);
-        values = append_at<Lanes>(values, weight, c, args.cols, mask);
+        values = append_at<Lanes>(values, end, weight, c, args.cols, mask);
         std::memcpy(row_mask + c / 8, &mask, std::min<int64_t>(2, (args.cols - c + 7) / 8));
       }
     }

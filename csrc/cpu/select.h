@@ -22,6 +22,7 @@ struct Tile {
   uint8_t* mask;
   bool in_place;
   T* values;  // where the next kept weight goes, or null
+  const T* end_of_values;
 
   Tile(const ScoreTerms& terms, Choice choice, int64_t row, int64_t begin, int64_t end)
       : weight(static_cast<T*>(terms.weight) + row * terms.weight_stride + begin),
@@ -30,9 +31,12 @@ struct Tile {
         alpha(terms.alpha),
         cols(end - begin),
         in_place(choice.in_place),
-        values(static_cast<T*>(choice.values)) {
+        values(static_cast<T*>(choice.values)),
+        end_of_values(nullptr) {
     mask = in_place ? choice.mask + row * ((terms.cols + 7) / 8) + begin / 8 : choice.mask + row * terms.cols + begin;
-    if (values) values += row * choice.values_per_row + begin * choice.values_per_row / terms.cols;
+    if (!values) return;
+    values += row * choice.values_per_row + begin * choice.values_per_row / terms.cols;
+    end_of_values = values + cols * choice.values_per_row / terms.cols;
   }
 };
 
@@ -80,7 +84,7 @@ NEVER_INLINE T* write_tail(const Tile<T>& tile, int64_t c, uint32_t keep) {
   Lanes::zero_removed(weights, keep);
   std::copy_n(weights, count, tile.weight + c);
   std::memcpy(tile.mask + c / 8, &keep, (count + 7) / 8);
-  return tile.values ? Lanes::append(tile.values, weights, keep) : nullptr;
+  return tile.values ? Lanes::append(tile.values, tile.end_of_values, weights, keep) : nullptr;
 }
 
 template <class Lanes, class T>
@@ -92,7 +96,7 @@ ALWAYS_INLINE void write_choice(Tile<T>& tile, int64_t c, uint32_t keep) {
   if (!tile.in_place) return Lanes::store_bools(tile.mask + c, keep);
   Lanes::zero_removed(tile.weight + c, keep);
   std::memcpy(tile.mask + c / 8, &keep, 2);
-  if (tile.values) tile.values = Lanes::append(tile.values, tile.weight + c, keep);
+  if (tile.values) tile.values = Lanes::append(tile.values, tile.end_of_values, tile.weight + c, keep);
 }
 
 // Lane of the first score that is NaN or Inf, or -1.

@@ -65,6 +65,26 @@ def call_kernels(packed: Packed, tokens: int, dtype: torch.dtype, isa: str, afte
     return y
 
 
+def pack_again(packed: Packed, isa: str, after: bool) -> None:
+    """Packs what `packed` unpacks to, by `pack` and by `prune_pack_nm_`, on guarded copies; asserts equal bits."""
+    guard, dense = Guarded(after), unpack(packed, backend="reference")
+    rows, cols = packed.shape
+    weight, values, bitmask = guard(dense), guard(packed.values.clone().fill_(9)), guard(packed.bitmask.clone().fill_(9))
+    args = weight.data_ptr(), cols, DTYPE_CODES[dense.dtype]
+    to = _C.PackArgs(*args, rows, cols, values.data_ptr(), bitmask.data_ptr())
+    if packed.pattern is None:
+        offsets = guard(packed.row_offsets)
+        _C.pack_nonzeros(to, offsets.data_ptr(), 2, isa)
+    else:
+        assert _C.pack_nm(to, *packed.pattern, 2, isa) == -1
+    assert torch.equal(values, packed.values) and torch.equal(bitmask, packed.bitmask), isa
+    if packed.pattern is not None:
+        values.fill_(9), bitmask.fill_(9)
+        score = _C.ScoreTerms(*args, 0, 0, 0, 0.0, rows, cols)
+        assert _C.select_nm(score, bitmask.data_ptr(), True, values.data_ptr(), *packed.pattern, 2, isa) == -1
+        assert torch.equal(values, packed.values) and torch.equal(bitmask, packed.bitmask), isa
+
+
 def random_case(seed: int, damaged: bool) -> tuple[Packed, int, torch.dtype]:
     """Odd shapes, any pattern and type, rows of zeros, denormals, -0.0; `damaged`: random bits and offsets."""
     generator = torch.Generator().manual_seed(seed)
@@ -100,6 +120,8 @@ def run_cases(first: int, count: int, damaged: bool) -> None:
     for seed in range(first, first + count):
         packed, tokens, dtype = random_case(seed, damaged)
         for isa in ISAS:
+            if packed.scale is None and not damaged:
+                pack_again(packed, isa, after=seed % 2 == 1)
             torch.manual_seed(seed)
             y = call_kernels(packed, tokens, dtype, isa, after=seed % 2 == 0)
             if damaged or not y.numel():

@@ -75,6 +75,15 @@ def test_unstructured_equals_the_rule(shape, density, dtype, backend, bits):
     assert torch.equal(bits(unpack(packed, backend=backend)), bits(positive))
 
 
+def test_every_choice_of_eight_columns(dtype, backend, bits):
+    """Each of 256 masks in both halves of a chunk of 16, for the tables and compress instructions behind it."""
+    places = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    weight = torch.arange(1, 49).mul(torch.cat([places, places.flip(0)], 1).repeat(1, 3)).to(dtype)
+    packed = pack(weight, backend=backend)
+    assert torch.equal(packed.values, weight[weight != 0])
+    assert torch.equal(bits(unpack(packed, backend=backend)), bits(weight))
+
+
 def test_hand_computed_4x8(backend):
     weight = torch.tensor(
         [
