@@ -1,10 +1,12 @@
 """Reads what compilers made of a GPU kernel: registers, spills, instructions, and the widths of its loads and stores."""
 
 import importlib.util
+import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,11 +64,19 @@ def widths(code: Code, mnemonic: str) -> dict[int, int]:
 
 
 def executed(code: Code, trips: tuple) -> float:
-    """Instructions one thread executes. Loops count `trips` times, in the order of their addresses; what a forward branch
-    skips and holds no loop is the rare path and left out."""
+    """Instructions one thread executes. Loops count `trips` times, in the order of their addresses. Left out is the rare
+    path: what a forward branch skips and holds no loop, unless it ends the program and a loop of no trips follows it: then
+    that is the rare one."""
     jumps, loops = _jumps(code), _loops(code)
-    skipped = [(at, to) for at, to in jumps if to > at and not any(at < first and last < to for first, last in loops)]
     counts = {loop: trip for loop, trip in zip(loops, [*trips, *[1] * len(loops)], strict=False)}
+    taken = [loop for loop, trip in counts.items() if trip]
+    exits = {to for (_, name, _), (to, _, _) in pairwise(code.listing) if name == "EXIT"}  # what an EXIT stands before
+    skipped = []
+    for at, to in jumps:
+        if to > at and to in exits and any(first >= to for (first, _), trip in counts.items() if not trip):
+            skipped.append((to - 1, math.inf))
+        elif to > at and not any(at < first and last < to for first, last in taken):
+            skipped.append((at, to))
     total = 0.0
     for at, _, _ in code.listing:
         if any(start < at < end for start, end in skipped):

@@ -124,11 +124,11 @@ def select_cases() -> list[Case]:
         kernel = select._select_nm_kernel
         asked = weights * 2
         found.append(Case(name, kernel, pointers, constants, weights, moved, moved, warps=warps, bytes_asked=asked))
-    steps = 9  # of the search: the mean over rows of normal weights and log-normal scales
+    steps = 7  # of the search: the mean over rows of normal weights and log-normal scales
     for cols in (4096, 11008):
         tile = select.row_tile(cols, 2)
         warps, registers = tile.pop("num_warps"), tile.pop("maxnreg", None)
-        constants = {"KEY_SHIFT": 0, "PRUNE": True, **no_gradient("s"), **tile}
+        constants = {"ZERO_BITS": 0, "PRUNE": True, **no_gradient("s"), **tile}
         found.append(
             Case(
                 f"prune_rows_ {cols} bf16", select._select_rows_kernel, select_pointers("s", "*u8"), constants, cols,
@@ -197,9 +197,9 @@ def row_pack_cases() -> list[Case]:
 
 def decode_cases() -> list[Case]:
     found = []
-    for tokens, rows, cols in [(1, 4096, 4096), (8, 11008, 4096), (16, 4096, 11008)]:
+    for tokens, rows, cols in [(1, 4096, 4096), (8, 11008, 4096), (16, 4096, 11008), (16, 11008, 4096)]:
         config = sparse_linear.decode_24_config(tokens, rows, cols)
-        stages, splits = config.pop("num_stages"), config["SPLITS"]
+        stages, registers, splits = config.pop("num_stages"), config.pop("maxnreg", None), config["SPLITS"]
         quarters = sparse_linear.QUARTERS
         steps = -(-cols // (quarters * config["BLOCK_COLS"])) // splits
         least = 1.125 + 2 * tokens * (rows + cols) / rows / cols
@@ -211,7 +211,7 @@ def decode_cases() -> list[Case]:
                 f"sparse_linear 2:4 bf16 {tokens} x {cols} -> {rows}", sparse_linear._decode_24_kernel, pointers,
                 {**constants, "WIDEN": False, **config}, config["BLOCK_ROWS"] * cols // splits, least,
                 least + (8 * tokens * splits / cols if splits > 1 else 0), trips=(steps,), stages=stages,
-                fusion=True, undivisible=("tokens",), bytes_asked=int(in_step * 1.125 * (stages - 1)),
+                registers=registers, fusion=True, undivisible=("tokens",), bytes_asked=int(in_step * 1.125 * (stages - 1)),
             )
         )  # fmt: skip
     constants = {"bias_ptr": None, "BLOCK_ROWS": 8, "BLOCK_COLS": 256, "BLOCK_TOKENS": 1}

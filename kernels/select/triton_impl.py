@@ -20,7 +20,7 @@ from wandapp.kernels.select.triton_rows import (
 )
 from wandapp.kernels.triton_groups import WIDEST_GROUP, empty_bitmask, offender_cell, pack_mask
 
-WIDEST_ROW = 32768  # 64 keys in each of 512 threads
+WIDEST_ROW = 32768  # 64 scores in each of 512 threads
 WIDE_BLOCK, WIDE_STEPS = 2048, 8  # of the radix search: columns a step, steps of a counting program
 
 
@@ -67,20 +67,16 @@ def nm_tile(cols: int, m: int, itemsize: int, prune: bool) -> dict:
 
 
 def row_tile(cols: int, itemsize: int) -> dict:
-    """Parts of one program's row buffer, and its warps: 8 keys a thread and part, 3 to 8 parts.
+    """Parts of one program's row buffer, and its warps: 8 scores a thread and part, up to 8 parts.
 
-    Parts waste less than one power of two would: 11008 columns take 6 parts of 2048. Long rows are read again, from L2,
-    to be written: 128 registers a thread then hold the keys, and two to four programs share an SM.
+    The more scores a thread has, the less of its time goes to the sum over threads. Parts waste less than one power of two
+    would: 11008 columns take 6 parts of 2048. Rows of many parts are read again, from L2, to be written: 128
+    registers a thread then hold the scores, and 16 warps or more share an SM.
     """
-    part = max(256, triton.next_power_of_2(cols) // (8 if cols > 8192 else 4))
-    registers = {"maxnreg": 128} if part >= 1024 else {}
-    return {
-        "PARTS": triton.cdiv(cols, part),
-        "PART": part,
-        "RELOAD": part >= 1024,
-        "num_warps": part // 256,
-        **registers,
-    }
+    part = max(256, triton.next_power_of_2(cols) // 8)
+    parts = triton.cdiv(cols, part)
+    registers = {"maxnreg": 128} if parts > 4 else {}
+    return {"PARTS": parts, "PART": part, "RELOAD": parts > 4, "num_warps": part // 256, **registers}
 
 
 def _prune_nm(weight, column_scale, gradient, values, n, m, alpha) -> tuple[Tensor, Tensor]:
@@ -116,23 +112,23 @@ def _launch_rows(weight, column_scale, gradient, output, keep, alpha, *, prune) 
     if weight.numel():
         terms = (weight, column_scale, gradient, _bytes(output), offender, float(alpha), cols, keep)
         strides = (weight.stride(0), _row_stride(gradient), output.stride(0))
-        shift = _unused_key_bits(weight, column_scale, gradient)
+        zero_bits = _zero_bits(weight, column_scale, gradient)
         if cols > WIDEST_ROW:
-            _launch_wide_rows(terms, strides, shift, prune)
+            _launch_wide_rows(terms, strides, prune)
         else:
             _select_rows_kernel[(rows,)](
-                *terms, *strides, KEY_SHIFT=shift, PRUNE=prune, **row_tile(cols, weight.element_size()),
+                *terms, *strides, ZERO_BITS=zero_bits, PRUNE=prune, **row_tile(cols, weight.element_size()),
                 enable_fp_fusion=False,
             )  # fmt: skip
     return offender.view(torch.int64)
 
 
-def _launch_wide_rows(terms, strides, shift, prune) -> None:
-    """Radix search, highest byte of the key first: each pass counts the keys that agree with the bytes found so far."""
+def _launch_wide_rows(terms, strides, prune) -> None:
+    """Radix search, highest byte of the scores first: each pass counts the scores that agree with the bytes found so far."""
     weight, column_scale, gradient, output, offender, alpha, cols, keep = terms
     rows, device = weight.shape[0], weight.device
     found = torch.zeros(rows, dtype=torch.int32, device=device)  # the bytes found so far, as one integer
-    wanted = torch.full((rows,), keep, dtype=torch.int64, device=device)  # still to keep among keys that agree
+    wanted = torch.full((rows,), keep, dtype=torch.int64, device=device)  # still to keep among scores that agree
     block, steps = WIDE_BLOCK, WIDE_STEPS
     options = {"BLOCK_COLS": block, "num_warps": 4, "enable_fp_fusion": False}
     source = (weight, column_scale, gradient)
@@ -141,7 +137,7 @@ def _launch_wide_rows(terms, strides, shift, prune) -> None:
         _count_digits_kernel[(triton.cdiv(cols, block * steps), rows)](
             *source, counts, found, offender, alpha, cols, *strides[:2], DIGIT_SHIFT=digit_shift, STEPS=steps, **options
         )
-        larger = counts.flip(1).cumsum(1).flip(1) - counts  # keys with a larger digit than the one in this column
+        larger = counts.flip(1).cumsum(1).flip(1) - counts  # scores with a larger digit than the one in this column
         digit = (larger >= wanted[:, None]).sum(1, keepdim=True).clamp_(max=255)
         wanted -= larger.gather(1, digit)[:, 0]
         found = (found << 8) | digit[:, 0].int()
@@ -162,7 +158,7 @@ def _row_stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
-def _unused_key_bits(weight: Tensor, column_scale: Tensor | None, gradient: Tensor | None) -> int:
+def _zero_bits(weight: Tensor, column_scale: Tensor | None, gradient: Tensor | None) -> int:
     """Low bits of a score that are 0 because the score is the weight's own magnitude: fewer steps of the search."""
     if column_scale is not None or gradient is not None:
         return 0

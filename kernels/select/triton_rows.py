@@ -1,6 +1,6 @@
-"""Row kernels: one program holds a whole row, its scores become integers of the same order, and a search over those
-integers finds a threshold that exactly `keep` of them reach. Nothing is sorted. Rows too wide for one program go through
-a radix search that reads the weight once per 8 bits of the key."""
+"""Row kernels: one program holds the scores of a whole row, and a search finds a threshold that exactly `keep` of them reach.
+Nothing is sorted. Rows too wide for one program go through a radix search that reads the weight once per 8 bits of the
+score."""
 
 import triton
 import triton.language as tl
@@ -10,10 +10,9 @@ from wandapp.kernels.triton_groups import is_nonzero, store_bits
 
 
 @triton.jit
-def ordered_key(score):
-    """int32 whose order is the score's order; -0.0 and +0.0 give one key."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def bits_of(score):
+    """int32 with the order of the scores, which are >= 0. NaN and Inf are 0x7F800000 and more."""
+    return score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -29,7 +28,7 @@ def _select_rows_kernel(
     stride_weight_row,
     stride_gradient_row,
     stride_output_row,
-    KEY_SHIFT: tl.constexpr,
+    ZERO_BITS: tl.constexpr,  # the lowest bits of every score that are 0
     PRUNE: tl.constexpr,
     RELOAD: tl.constexpr,
     PARTS: tl.constexpr,
@@ -37,75 +36,115 @@ def _select_rows_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     weight_row_ptr = weight_ptr + row * stride_weight_row
-    weights, keys = (), ()
-    lowest = tl.full((PART,), 0x7FFFFFFF, tl.int32)
-    highest = tl.full((PART,), -0x80000000, tl.int32)
+    weights, scores = (), ()  # scores beyond the row are 0: never counted, as thresholds are larger
+    highest = tl.zeros((PART,), tl.float32)
     for part in tl.static_range(PARTS):
-        offs_cols = part * PART + tl.arange(0, PART)
-        inside = offs_cols < cols
+        inside = part * PART + tl.arange(0, PART) < cols
+        offs_cols = part * PART + tl.arange(0, PART).to(tl.int64)  # 64 bits: a part's offset becomes part of the instruction
         weight_tile = tl.load(weight_row_ptr + offs_cols, mask=inside, other=0.0)
         offs_gradient = row * stride_gradient_row + offs_cols
         score = score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha)
-        key = ordered_key(score) >> KEY_SHIFT
-        lowest = tl.minimum(lowest, tl.where(inside, key, 0x7FFFFFFF))
-        key = tl.where(inside, key, -0x80000000)  # below every number, so that empty slots never count
-        highest = tl.maximum(highest, key)
-        weights, keys = weights + (weight_tile,), keys + (key,)
-    low, high = tl.min(lowest), tl.max(highest)
+        score = tl.abs(score)  # -0.0 too
+        highest = tl.maximum(highest, score, propagate_nan=tl.PropagateNan.ALL)
+        weights, scores = weights + (weight_tile,), scores + (score,)
+    highest_bits = tl.max(bits_of(highest))
 
-    INFINITE: tl.constexpr = 0x7F800000 >> KEY_SHIFT  # key of +Inf; NaN lies above, -Inf is its complement
-    if (high >= INFINITE) | (low <= ~INFINITE):
+    if highest_bits >= 0x7F800000:
         bad = tl.full((PART,), 0x7FFFFFFF, tl.int32)
         for part in tl.static_range(PARTS):
-            offs_cols = part * PART + tl.arange(0, PART)
-            infinite = (keys[part] >= INFINITE) | ((keys[part] <= ~INFINITE) & (offs_cols < cols))
-            bad = tl.minimum(bad, tl.where(infinite, offs_cols, 0x7FFFFFFF))
+            column = part * PART + tl.arange(0, PART)
+            bad = tl.minimum(bad, tl.where(scores[part] < float("inf"), 0x7FFFFFFF, column))
         tl.atomic_min(offender_ptr, row * cols + tl.min(bad))
 
-    # reach(t) = number of keys >= t. Always reach(low) > keep >= reach(high), until reach(high) == keep or only keys
-    # equal to low lie between. Two steps go where a straight line would put `keep`,
-    # the third to the middle: about 9 in all.
-    low, high = low.to(tl.int64), high.to(tl.int64) + 1
-    reach_low, reach_high = cols, 0
-    if keep == cols:
-        high, reach_high = low, cols
-    step = 0
+    # reach(t) = number of scores >= t. The threshold lies between low and high, bits in units of 2^ZERO_BITS: reach(low) >
+    # keep >= reach(high), until reach(high) == keep or only scores equal to low are between. A step goes where a straight
+    # line between the excesses reach - keep at both ends crosses zero; an end that stays twice counts half (the Illinois
+    # method), and every eighth step halves the interval. The first one guesses from the mean score: about 7 in all.
+    low, high, reach_high = tl.full((), 0, tl.int32), (highest_bits >> ZERO_BITS) + 1, 0
+    excess_low, excess_high = (cols - keep).to(tl.float32), -keep.to(tl.float32)
+    guess = tl.sum(scores[0]) / tl.minimum(cols, PART) * 1.5 * excess_low / cols
+    middle = guess.to(tl.int32, bitcast=True) >> ZERO_BITS
+    step, side = 0, 0
     while (reach_high != keep) & (high - low > 1):
-        fraction = tl.where(step % 3 != 2, (reach_low - keep).to(tl.float32) / (reach_low - reach_high), 0.5)
-        jump = ((high - low).to(tl.float32) * fraction).to(tl.int64)
-        middle = low + tl.minimum(tl.maximum(jump, 1), high - low - 1)
-        reached = tl.zeros((PART,), tl.float32)  # exact, and two instructions a key fewer than a sum of integers
+        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
+        threshold = (middle << ZERO_BITS).to(tl.float32, bitcast=True)
+        reached = tl.zeros((PART,), tl.float32)  # exact, and an instruction a score fewer than a sum of integers
         for part in tl.static_range(PARTS):
-            reached += (keys[part] >= middle.to(tl.int32)).to(tl.float32)
-        reach = tl.sum(reached).to(tl.int32)
-        too_many = reach > keep
-        low, reach_low = tl.where(too_many, middle, low), tl.where(too_many, reach, reach_low)
-        high, reach_high = tl.where(too_many, high, middle), tl.where(too_many, reach_high, reach)
+            reached += tl.where(scores[part] >= threshold, 1.0, 0.0)
+        reach = tl.sum(tl.sum(reached.reshape(PART // 4, 4), axis=1).to(tl.int32))
+        excess = (reach - keep).to(tl.float32)
+        if reach > keep:
+            excess_high *= tl.where(side == 1, 0.5, 1.0)
+            low, excess_low, side = middle, excess, 1
+        else:
+            excess_low *= tl.where(side == 2, 0.5, 1.0)
+            high, excess_high, side, reach_high = middle, excess, 2, reach
+        low_score = (low << ZERO_BITS).to(tl.float32, bitcast=True)
+        high_score = (high << ZERO_BITS).to(tl.float32, bitcast=True)
+        crossing = low_score + (high_score - low_score) * (excess_low / (excess_low - excess_high))
+        middle = crossing.to(tl.int32, bitcast=True) >> ZERO_BITS
         step += 1
+        middle = tl.where((step & 7) == 7, low + (high - low) // 2, middle)
 
-    # Of the keys equal to low, those left of column `edge` stay.
-    tied_key, sure_key = low.to(tl.int32), high.to(tl.int32)
+    place = (weight_row_ptr, output_ptr + row * stride_output_row, cols)
+    threshold = (high << ZERO_BITS).to(tl.float32, bitcast=True)
+    if reach_high == keep:
+        _write_row(scores, threshold, weights, place, False, PRUNE, RELOAD, PARTS, PART)
+    else:  # of the scores equal to low, those left of some column stay
+        tied_score = (low << ZERO_BITS).to(tl.float32, bitcast=True)
+        edge = _edge_of_ties(scores, tied_score, keep - reach_high, cols, PARTS, PART)
+        raised = _raise_ties(scores, tied_score, edge, PARTS, PART)
+        _write_row(raised, threshold, weights, place, True, PRUNE, RELOAD, PARTS, PART)
+
+
+@triton.jit
+def _edge_of_ties(scores, tied_score, wanted, cols, PARTS: tl.constexpr, PART: tl.constexpr):
+    """The column that has `wanted` scores equal to tied_score on its left."""
     edge, right = 0, cols
-    while (reach_high != keep) & (edge < right):
-        middle_col = (edge + right) // 2
-        tied = tl.zeros((PART,), tl.int32)
+    while edge < right:
+        middle = (edge + right) // 2
+        found = tl.zeros((PART,), tl.int32)
         for part in tl.static_range(PARTS):
-            tied += ((keys[part] == tied_key) & (part * PART + tl.arange(0, PART) < middle_col)).to(tl.int32)
-        enough = reach_high + tl.sum(tied) >= keep
-        right, edge = tl.where(enough, middle_col, right), tl.where(enough, edge, middle_col + 1)
+            found += ((scores[part] == tied_score) & (tl.arange(0, PART) < middle - part * PART)).to(tl.int32)
+        enough = tl.sum(found) >= wanted
+        right, edge = tl.where(enough, middle, right), tl.where(enough, edge, middle + 1)
+    return edge
 
-    output_row_ptr = output_ptr + row * stride_output_row
+
+@triton.jit
+def _raise_ties(scores, tied_score, edge, PARTS: tl.constexpr, PART: tl.constexpr):
+    """The scores, those equal to tied_score and left of column `edge` replaced by infinity."""
+    raised = ()
     for part in tl.static_range(PARTS):
-        offs_cols = part * PART + tl.arange(0, PART)
-        inside = offs_cols < cols
-        kept = (keys[part] >= sure_key) | ((keys[part] == tied_key) & (offs_cols < edge))
+        chosen = (scores[part] == tied_score) & (tl.arange(0, PART) < edge - part * PART)
+        raised = raised + (tl.where(chosen, float("inf"), scores[part]),)
+    return raised
+
+
+@triton.jit
+def _write_row(
+    scores,
+    threshold,
+    weights,
+    place,  # pointers to the row of the weight and of the output, columns
+    KEEPS_ZEROS: tl.constexpr,
+    PRUNE: tl.constexpr,
+    RELOAD: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Mask, or bitmask and pruned weights, of the scores that reach the threshold. A kept zero may be -0.0."""
+    weight_row_ptr, output_row_ptr, cols = place
+    for part in tl.static_range(PARTS):
+        inside = part * PART + tl.arange(0, PART) < cols
+        offs_cols = part * PART + tl.arange(0, PART).to(tl.int64)
+        kept = scores[part] >= threshold
         if PRUNE:
             weight_tile = weights[part]
             if RELOAD:
                 weight_tile = tl.load(weight_row_ptr + offs_cols, mask=inside, other=0.0)
-            tl.store(
-                weight_row_ptr + offs_cols, tl.where(kept & is_nonzero(weight_tile), weight_tile, 0.0), mask=inside
-            )
+            clean = kept & is_nonzero(weight_tile) if KEEPS_ZEROS else kept
+            tl.store(weight_row_ptr + offs_cols, tl.where(clean, weight_tile, 0.0), mask=inside)
             store_bits(output_row_ptr, kept, part * PART, cols, PART)
         else:
             tl.store(output_row_ptr + offs_cols, kept.to(tl.int8), mask=inside)
@@ -115,14 +154,14 @@ def _select_rows_kernel(
 def _wide_key(
     weight_tile, column_scale_ptr, gradient_ptr, row, offs_cols, inside, alpha, cols, stride_gradient_row, offender_ptr
 ):
-    """Key of a tile of a wide row, shifted to unsigned order: its bytes are the digits of the radix search."""
+    """Score bits of a tile of a wide row: their bytes are the digits of the radix search."""
     offs_gradient = row * stride_gradient_row + offs_cols
     score = score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha)
     if offender_ptr is not None:
         bad = first_nonfinite(score, tl.arange(0, offs_cols.shape[0]))
         if bad < offs_cols.shape[0]:
             tl.atomic_min(offender_ptr, row * cols + tl.min(offs_cols) + bad)
-    return ordered_key(score) ^ -0x80000000
+    return bits_of(score)
 
 
 @triton.jit
@@ -212,7 +251,7 @@ def _write_wide_rows_kernel(
     tied = inside & (key == threshold)
     left = tl.load(wanted_ptr + row) - tl.load(before_ptr + row * tl.num_programs(0) + tile)
     kept = tied & (tl.cumsum(tied.to(tl.int32)) <= left)
-    kept = kept | (inside & ((key ^ -0x80000000) > (threshold ^ -0x80000000)))
+    kept = kept | (inside & (key > threshold))
     output_row_ptr = output_ptr + row * stride_output_row
     if PRUNE:
         tl.store(weight_ptrs, tl.where(kept & is_nonzero(weight_tile), weight_tile, 0.0), mask=inside)
