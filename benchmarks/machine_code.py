@@ -94,6 +94,13 @@ def spills_in_loops(code: Code) -> int:
     return sum(any(first <= at <= last for first, last in _loops(code)) for at in places)
 
 
+def innermost_loop(code: Code, mnemonic: str) -> tuple[int, int]:
+    """(instructions, those of them that are `mnemonic`) of the smallest loop that has any."""
+    bodies = [[name for at, name, _ in code.listing if first <= at <= last] for first, last in _loops(code)]
+    counts = [(len(body), sum(name.startswith(mnemonic) for name in body)) for body in bodies]
+    return min(entry for entry in counts if entry[1])
+
+
 def _jumps(code: Code) -> list[tuple[int, int]]:
     """(from, to) addresses of the branches."""
     return [(at, int(re.search(r"0x([0-9a-f]+)", rest)[1], 16)) for at, name, rest in code.listing if name == "BRA"]

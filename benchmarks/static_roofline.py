@@ -7,7 +7,7 @@ their launchers choose, loops weighted by trip counts; what a forward branch ski
 names a NaN) and is left out. CUDA kernels are read from the built wandapp._CUDA. The predicted share of peak bandwidth
 is the least that instructions, bytes in flight and bytes beyond the minimum allow: a ceiling, not a measurement.
 
-    python benchmarks/static_roofline.py [--arch 80|90] [--json]
+    python benchmarks/static_roofline.py [--arch 80|90] [--only NAME] [--json]
 """
 
 import argparse
@@ -16,10 +16,11 @@ import re
 from dataclasses import asdict, dataclass, field
 
 import triton
-from machine_code import executed, read_cubin, read_extension, spills_in_loops, widths
+from machine_code import Code, executed, innermost_loop, read_cubin, read_extension, spills_in_loops, widths
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from wandapp.kernels import triton_groups
 from wandapp.kernels.column_sumsq import triton_impl as column_sumsq
 from wandapp.kernels.compensate import triton_impl as compensate
 from wandapp.kernels.pack import triton_impl as pack
@@ -52,7 +53,6 @@ class Case:
     registers: int | None = None
     undivisible: tuple = ()
     bytes_asked: int = 0  # loads a program has in flight at once
-    streams: bool = True  # False: bound by arithmetic, no limit on instructions
 
 
 @dataclass
@@ -87,7 +87,7 @@ def statistics_cases() -> list[Case]:
     block = Case(
         "compensate 2:4 fp32", compensate._compensate_block_kernel, {**pointers, "offender_ptr": "*u64"},
         {"mask_ptr": None, "N": 2, "M": 4, "BLOCK_ROWS": compensate.BLOCK_ROWS, "BLOCK_COLS": 128},
-        compensate.BLOCK_ROWS * 128, 13, 13, trips=(128, 4), bytes_asked=compensate.BLOCK_ROWS * 512, streams=False,
+        compensate.BLOCK_ROWS * 128, 13, 13, trips=(128, 4), bytes_asked=compensate.BLOCK_ROWS * 512,
     )  # fmt: skip
     pointers = {"weight_ptr": "*fp32", "gradient_ptr": "*bf16", "mean_square_ptr": "*fp32"}
     rates = dict.fromkeys(("lr", "decay", "rest", "epsilon"), "fp32")
@@ -192,7 +192,11 @@ def row_pack_cases() -> list[Case]:
         Case("pack 50%: marking", pack._mark_nonzeros_kernel, mark, constants, cols, 2.125, 2.125, **options),
         Case("pack 50%: writing", pack._write_nonzeros_kernel, write, constants, cols, 3, 3, **options),
         Case("unpack 2:4 bf16", pack._unpack_kernel, unpack, dense, cols, 3.125, 3.125, **options),
-    ]
+        Case(
+            "bits of a bool mask", triton_groups._pack_mask_kernel, {"mask_ptr": "*u8", "bitmask_ptr": "*u8"},
+            {"BLOCK_COLS": 2048}, 2048, 1.125, 1.125, bytes_asked=2048,
+        ),
+    ]  # fmt: skip
 
 
 def decode_cases() -> list[Case]:
@@ -214,6 +218,13 @@ def decode_cases() -> list[Case]:
                 registers=registers, fusion=True, undivisible=("tokens",), bytes_asked=int(in_step * 1.125 * (stages - 1)),
             )
         )  # fmt: skip
+    found.append(
+        Case(
+            "sparse_linear 2:4 bf16: adding two splits", sparse_linear._add_splits_kernel,
+            {"partial_ptr": "*fp32", "y_ptr": "*bf16"}, {"bias_ptr": None, "SPLITS": 2, "BLOCK": 512}, 512, 10, 10,
+            bytes_asked=4096,
+        )
+    )  # fmt: skip
     constants = {"bias_ptr": None, "BLOCK_ROWS": 8, "BLOCK_COLS": 256, "BLOCK_TOKENS": 1}
     pointers = {"x_ptr": "*bf16", "values_ptr": "*bf16", "bitmask_ptr": "*u8", "row_offsets_ptr": "*i64"}
     found.append(
@@ -262,41 +273,57 @@ def programs_per_sm(report: Report, warps: int, arch: int) -> int:
 
 
 def cuda_reports(arch: int = 90) -> list[Report]:
-    """The kernels of wandapp._CUDA, none where it is not built.
-
-    compress24 has no loop on its main path: a thread takes 4 rows of 16 columns, and every instruction counts, rare paths too.
-    The products' loops depend on the shape: instructions are left at 0 (csrc/cuda/sparse_linear.cuh counts them by hand).
-    """
+    """The kernels of wandapp._CUDA, none where it is not built."""
     found = []
     for symbol, code in read_extension(arch).items():
         compress = re.search(r"compress24_kernelI(.)LNS_6LayoutE(\d)ELb(\d)E", symbol)
         product = re.search(r"sparse_linear24_(walking_)?kernelINS_\d+(B?Float16)ELi(\d)E", symbol)
-        if compress:
-            itemsize, layout, wide = 4 if compress[1] == "j" else 2, int(compress[2]), compress[3] == "1"
-            name = f"compress24 {8 * itemsize}-bit {LAYOUTS[layout]}{'' if wide else ', odd rows'}"
-            threads, bytes_per_thread = 256, 4 * (16 * itemsize + 8 * itemsize + 2)
-        else:
-            name = f"sparse_linear {product[2]}, {8 * int(product[3])} tokens{', walking' if product[1] else ''}"
-            threads, bytes_per_thread = (1024 if product[1] else 512), 0
+        read = read_compress24(code, *compress.groups()) if compress else read_product(code, *product.groups())
+        name, threads, programs, instructions, bytes_asked = read
         report = Report(f"cuda {name}", code.registers, code.stack_bytes, code.shared_bytes)
-        report.programs_per_sm = programs_per_sm(report, threads // 32, arch)
+        report.programs_per_sm = min(programs, programs_per_sm(report, threads // 32, arch))
         report.load_bits, report.store_bits = widths(code, "LDG"), widths(code, "STG")
         report.spills_in_loops = spills_in_loops(code)
-        if bytes_per_thread:
-            report.instructions_per_byte = round(len(code.listing) / bytes_per_thread, 2)
-            in_flight = report.programs_per_sm * threads * bytes_per_thread * 2 // 3  # what of it is read
-            fraction = min(1.0, INSTRUCTIONS_PER_BYTE / report.instructions_per_byte, in_flight / BYTES_IN_FLIGHT)
-            report.bandwidth_fraction = round(fraction, 2)
+        report.instructions_per_byte = round(instructions, 2)
+        in_flight = report.programs_per_sm * threads * bytes_asked
+        fraction = min(1.0, INSTRUCTIONS_PER_BYTE / instructions, in_flight / BYTES_IN_FLIGHT)
+        report.bandwidth_fraction = round(fraction, 2)
         found.append(report)
     return found
+
+
+def read_compress24(code: Code, word: str, layout: str, wide: str) -> tuple[str, int, int, float, float]:
+    """(name, threads, programs on an SM, instructions a byte, bytes a thread asks for at once).
+
+    No loop is on its main path: a thread takes 4 rows of 16 columns. Every instruction counts, rare paths too.
+    """
+    itemsize = 4 if word == "j" else 2
+    asked, moved = 4 * 16 * itemsize, 4 * (24 * itemsize + 2)
+    name = f"compress24 {8 * itemsize}-bit {LAYOUTS[int(layout)]}{'' if wide == '1' else ', odd rows'}"
+    return name, 256, PROGRAMS, len(code.listing) / moved, asked
+
+
+def read_product(code: Code, walking: str | None, dtype: str, tiles: str) -> tuple[str, int, int, float, float]:
+    """The same of a product with 8 tokens a tile: its loop over W, whose bytes are all but a few of those it reads.
+
+    A step of a warp takes 16 rows of 64 columns, 36 bytes a lane, and two mma.sp a tile. Dynamic shared memory
+    leaves room for two programs, or a walking one.
+    """
+    instructions, products = innermost_loop(code, "HMMA")
+    step_bytes = 36 * products / (2 * int(tiles))
+    name = f"sparse_linear {dtype}, {8 * int(tiles)} tokens{', walking' if walking else ''}"
+    return name, 1024 if walking else 512, 1 if walking else 2, instructions / step_bytes, step_bytes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Static roofline of the GPU kernels; needs no GPU.")
     parser.add_argument("--arch", type=int, choices=(80, 90), default=90)
     parser.add_argument("--json", action="store_true", help="print only the JSON line")
+    parser.add_argument("--only", action="append", help="kernels whose name begins so; may be repeated")
     options = parser.parse_args()
-    reports = [*(analyse(case, options.arch) for case in cases()), *cuda_reports(options.arch)]
+    wanted = tuple(options.only or [""])
+    reports = [analyse(case, options.arch) for case in cases() if case.name.startswith(wanted)]
+    reports += [report for report in cuda_reports(options.arch) if report.name.startswith(wanted)]
     if not options.json:
         print(
             f"triton {triton.__version__}, sm_{options.arch}; limit {INSTRUCTIONS_PER_BYTE} thread-instructions a byte"
@@ -307,7 +334,7 @@ def main() -> None:
                 f"{r.name:50} {r.registers:3} {r.spill_bytes:5} {r.shared_bytes:6} {r.programs_per_sm:7} "
                 f"{r.instructions_per_byte:7} {r.bytes_ratio:9} {r.bandwidth_fraction:7}  {r.load_bits} {r.store_bits}"
             )
-        if not any(r.name.startswith("cuda") for r in reports):
+        if not options.only and not any(r.name.startswith("cuda") for r in reports):
             print("wandapp._CUDA is not built: CUDA kernels left out")
     print(json.dumps({"triton": triton.__version__, "arch": options.arch, "kernels": [asdict(r) for r in reports]}))
 

@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "static_roofline.py"
 LIMIT = 8.8  # thread-instructions a byte: more, and an H100 is not bound by its memory
-# What exceeds it, and up to where: a search over keys, running counts over bits, 128 dependent columns; odd rows by element.
+# What exceeds it, and up to where: a search over scores, running counts over bits, 128 dependent columns; odd rows by element.
 OVER_THE_LIMIT = {
-    "prune_rows_": 19.0,
+    "prune_rows_ 11008": 10.0,
     "wide rows: writing": 13.0,
     "pack 50%: writing": 10.5,
     "sparse_linear 50%": 23.0,
@@ -23,48 +23,50 @@ OVER_THE_LIMIT = {
 }
 # Diagonal entries; a row's own numbers; values at counted places; no alignment.
 BY_ELEMENT = ("compensate", "wide rows", "sparse_linear 50%", "unpack", "odd rows")
-# Pointers that are set aside once and fetched once, outside the loops: bytes a thread.
-SPILLS = {"prune_rows_ 11008": 64, "sparse_linear 2:4 bf16 16 x": 8, "compensate": 8}
+QUICK = ("prune_nm_ 2:4 bf16", "prune_pack_nm_ 4:8", "prune_rows_ 4096", "sparse_linear 2:4 bf16 16 x 11008", "cuda")
 
 
-def roofline(arch: int) -> list[dict]:
+def roofline(arch: int, *names: str) -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, SCRIPT, "--json", "--arch", str(arch)]
+    command = [sys.executable, SCRIPT, "--json", "--arch", str(arch), *(f"--only={name}" for name in names)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])["kernels"]
 
 
-@pytest.fixture(scope="module")
-def reports():
-    return roofline(90)
+@pytest.fixture(
+    scope="module",
+    params=[
+        (90, QUICK),
+        pytest.param((90, ()), marks=pytest.mark.slow),
+        pytest.param((80, ()), marks=pytest.mark.slow),
+    ],
+    ids=["sm_90, some", "sm_90", "sm_80"],
+)
+def reports(request):
+    arch, names = request.param
+    return roofline(arch, *names)
 
 
 def allowance(table, name, default):
     return next((value for part, value in table.items() if part in name), default)
 
 
-def check_spills(reports):
-    assert not [r["name"] for r in reports if r["spill_bytes"] > allowance(SPILLS, r["name"], 0)]
+def test_nothing_spills(reports):
+    """But one pointer of compensate_block_ on sm_80, set aside before its loop and fetched after it."""
+    spilled = {r["name"]: r["spill_bytes"] for r in reports if r["spill_bytes"]}
+    assert spilled in ({}, {"compensate 2:4 fp32": 8})
     assert not [r["name"] for r in reports if r["spills_in_loops"]]
 
 
-def check_widths(reports):
-    """Loads of 8 bytes or more; of CUDA's 16-bit ones, the bitmask of a chunk (compress24) and a row's bias (products)."""
+def test_loads_are_at_least_8_bytes_wide(reports):
+    """Of CUDA's 16-bit ones: the bitmask of a chunk (compress24) and a row's bias (products)."""
     for r in reports:
         narrow = {int(bits): count for bits, count in r["load_bits"].items() if int(bits) < 64}
         if r["name"].startswith("cuda"):
             narrow.pop(16, None)
         if not any(part in r["name"] for part in BY_ELEMENT):
             assert r["load_bits"] and not narrow, (r["name"], r["load_bits"])
-
-
-def test_the_main_path_does_not_spill(reports):
-    check_spills(reports)
-
-
-def test_loads_are_at_least_8_bytes_wide(reports):
-    check_widths(reports)
 
 
 def test_bytes_stay_within_5_percent_of_the_minimum(reports):
@@ -76,17 +78,8 @@ def test_instructions_leave_the_memory_the_bottleneck(reports):
     assert not [(r["name"], r["instructions_per_byte"]) for r in over]
 
 
-def test_every_triton_kernel_is_read_but_two_small_ones():
-    """_pack_mask_kernel (m other than a power of two) and _add_splits_kernel move a small part of their ops' bytes."""
+def test_every_triton_kernel_is_read():
     root = SCRIPT.parents[1]
     files = [*root.glob("kernels/*/triton*.py"), root / "wandapp" / "kernels" / "triton_groups.py"]
     kernels = {name for path in files for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.M)}
-    read = set(re.findall(r"\b\w+\.(_\w+_kernel)\b", SCRIPT.read_text()))
-    assert kernels - read == {"_pack_mask_kernel", "_add_splits_kernel"}
-
-
-@pytest.mark.slow
-def test_sm_80_keeps_the_promises_too():
-    reports = roofline(80)
-    check_widths(reports)
-    check_spills(reports)
+    assert kernels == set(re.findall(r"\b\w+\.(_\w+_kernel)\b", SCRIPT.read_text()))
