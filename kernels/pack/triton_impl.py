@@ -13,6 +13,7 @@ from wandapp.errors import BackendUnavailableError
 from wandapp.kernels.pack import Packed, require_no_scale
 from wandapp.kernels.triton_groups import (
     WIDEST_GROUP,
+    columns_of_part,
     empty_bitmask,
     fill_up,
     gather_kept,
@@ -110,18 +111,13 @@ def _pack_nm_kernel(
     first_group = tl.program_id(0) % column_blocks * BLOCK_GROUPS
     groups = cols // M
     offs_rows = (block_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
-    offs_slots = tl.arange(0, BLOCK_GROUPS * PART)[None, :]
+    keep_rows = offs_rows < rows
 
     lanes = ()  # M_PADDED tiles [BLOCK_ROWS, BLOCK_GROUPS], one a column of the group
     for part in tl.static_range(M_PADDED // PART):
-        if PART == M:
-            offs_cols = first_group * M + offs_slots
-            inside = (offs_rows < rows) & (offs_cols < cols)
-        else:
-            lane = part * PART + offs_slots % PART
-            offs_cols = (first_group + offs_slots // PART) * M + lane
-            inside = (offs_rows < rows) & (offs_cols < cols) & (lane < M)
-        weight_tile = tl.load(weight_ptr + offs_rows * stride_weight_row + offs_cols, mask=inside, other=0.0)
+        offs_cols, exist = columns_of_part(first_group, part, cols, M, PART, BLOCK_GROUPS)
+        weight_ptrs = weight_ptr + offs_rows * stride_weight_row + offs_cols
+        weight_tile = tl.load(weight_ptrs, mask=keep_rows & exist, other=0.0)
         lanes = lanes + split_lanes(tl.where(is_nonzero(weight_tile), weight_tile, 0.0), PART)  # -0.0 becomes +0.0
 
     nonzero = tl.zeros((BLOCK_ROWS, BLOCK_GROUPS), tl.int32)  # as in `fill_up`: bits below, their number above
@@ -134,7 +130,6 @@ def _pack_nm_kernel(
         first_flat = (block_row * BLOCK_ROWS).to(tl.int64) * cols + first_group * M
         tl.atomic_min(offender_ptr, first_flat + first)
 
-    keep_rows = offs_rows < rows
     store_kept(values_ptr, gather_kept(lanes, bits, N, M), first_group, groups, offs_rows, keep_rows, N)
     if BITS:
         store_group_bits(output_ptr, bits, first_group, cols, offs_rows, keep_rows, M)

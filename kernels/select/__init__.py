@@ -34,9 +34,8 @@ def select_nm(
     returns       [rows, cols] bool, True = keep, exactly n True per group
     raises        WandappError on a shape, dtype or divisibility error; NonFiniteScoreError on a NaN or Inf score
     """
-    column_scale, gradient = _check_terms(weight, column_scale, gradient)
-    check_group(n, m, weight.shape[1])
-    return _select_nm(unit_column_stride(weight), column_scale, gradient, n, m, alpha, backend)
+    terms = _checked_terms(weight, column_scale, gradient, group=(n, m))
+    return _select_nm(unit_column_stride(weight), *terms, n, m, alpha, backend)
 
 
 def select_rows(
@@ -56,9 +55,8 @@ def select_rows(
     returns  [rows, cols] bool, True = keep, exactly `keep` True per row
     raises   WandappError on a shape, dtype or range error; NonFiniteScoreError on a NaN or Inf score
     """
-    column_scale, gradient = _check_terms(weight, column_scale, gradient)
-    _check_keep(keep, weight.shape[1])
-    return _select_rows(unit_column_stride(weight), column_scale, gradient, keep, alpha, backend)
+    terms = _checked_terms(weight, column_scale, gradient, keep=keep)
+    return _select_rows(unit_column_stride(weight), *terms, keep, alpha, backend)
 
 
 def prune_nm_(
@@ -79,10 +77,8 @@ def prune_nm_(
     returns  [rows, ceil(cols / 8)] uint8: bit c % 8 of byte c // 8 is 1 where column c is kept, padding 0
     raises   as `select_nm`; after a NonFiniteScoreError part of the weight may already be pruned
     """
-    column_scale, gradient = _check_terms(weight, column_scale, gradient)
-    check_group(n, m, weight.shape[1])
-    check_writable("weight", weight)
-    return _prune_nm_(weight, column_scale, gradient, n, m, alpha, backend)
+    terms = _checked_terms(weight, column_scale, gradient, group=(n, m), in_place=True)
+    return _prune_nm_(weight, *terms, n, m, alpha, backend)
 
 
 def prune_pack_nm_(
@@ -103,10 +99,8 @@ def prune_pack_nm_(
     weight   as for `prune_nm_`: the removed weights are set to +0.0 in place; the other arguments too
     raises   as `prune_nm_`
     """
-    column_scale, gradient = _check_terms(weight, column_scale, gradient)
-    check_group(n, m, weight.shape[1])
-    check_writable("weight", weight)
-    values, bitmask = _prune_pack_nm_(weight, column_scale, gradient, n, m, alpha, backend)
+    terms = _checked_terms(weight, column_scale, gradient, group=(n, m), in_place=True)
+    values, bitmask = _prune_pack_nm_(weight, *terms, n, m, alpha, backend)
     return Packed(values, bitmask, None, tuple(weight.shape), (n, m))
 
 
@@ -127,10 +121,8 @@ def prune_rows_(
     returns  [rows, ceil(cols / 8)] uint8: bit c % 8 of byte c // 8 is 1 where column c is kept, padding 0
     raises   as `select_rows`; after a NonFiniteScoreError part of the weight may already be pruned
     """
-    column_scale, gradient = _check_terms(weight, column_scale, gradient)
-    _check_keep(keep, weight.shape[1])
-    check_writable("weight", weight)
-    return _prune_rows_(weight, column_scale, gradient, keep, alpha, backend)
+    terms = _checked_terms(weight, column_scale, gradient, keep=keep, in_place=True)
+    return _prune_rows_(weight, *terms, keep, alpha, backend)
 
 
 # Launchers `<function>_<backend>(weight, column_scale, gradient, *, n, m | keep, alpha)` return (mask or bitmask,
@@ -222,14 +214,23 @@ def _finite(weight: Tensor, result: Tensor, offender: int | Tensor) -> Tensor:
     return result
 
 
-def _check_terms(
-    weight: Tensor, column_scale: Tensor | None, gradient: Tensor | None
+def _checked_terms(
+    weight: Tensor,
+    column_scale: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    group: tuple[int, int] | None = None,
+    keep: int = 0,
+    in_place: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """column_scale and gradient as the launchers take them, after everything was found to fit the weight."""
     check_matrix("weight", weight)
-    check_like("column_scale", column_scale, (weight.shape[1],), weight.device)
+    cols = weight.shape[1]
+    check_like("column_scale", column_scale, (cols,), weight.device)
     check_like("gradient", gradient, tuple(weight.shape), weight.device)
-    return unit_column_stride(column_scale), unit_column_stride(gradient)
-
-
-def _check_keep(keep: int, cols: int) -> None:
+    if group is not None:
+        check_group(*group, cols)
     require(0 <= keep <= cols, f"keep must lie in 0..{cols} (the columns), got {keep}")
+    if in_place:
+        check_writable("weight", weight)
+    return unit_column_stride(column_scale), unit_column_stride(gradient)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from wandapp.kernels.triton_groups import (
+    columns_of_part,
     gather_kept,
     is_nonzero,
     keep_bits,
@@ -70,25 +71,20 @@ def _select_nm_kernel(
     block_row = tl.program_id(0) // column_blocks
     first_group = tl.program_id(0) % column_blocks * BLOCK_GROUPS
     offs_rows = (block_row * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
-    offs_slots = tl.arange(0, BLOCK_GROUPS * PART)[None, :]
+    keep_rows = offs_rows < rows
 
     # Each part is one tile [BLOCK_ROWS, BLOCK_GROUPS * PART]: PART neighbouring columns of every group.
     weights, lanes, columns = (), (), ()
     bad = 0x7FFFFFFF  # least row of the tile * cols + column whose score is NaN or Inf
     for part in tl.static_range(M_PADDED // PART):
-        if PART == M:
-            offs_cols = first_group * M + offs_slots
-            inside = (offs_rows < rows) & (offs_cols < cols)
-        else:
-            lane = part * PART + offs_slots % PART
-            offs_cols = (first_group + offs_slots // PART) * M + lane
-            inside = (offs_rows < rows) & (offs_cols < cols) & (lane < M)
+        offs_cols, exist = columns_of_part(first_group, part, cols, M, PART, BLOCK_GROUPS)
+        inside = keep_rows & exist
         weight_tile = tl.load(weight_ptr + offs_rows * stride_weight_row + offs_cols, mask=inside, other=0.0)
         offs_gradient = offs_rows * stride_gradient_row + offs_cols
         score = score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha)
         bad = tl.minimum(bad, first_nonfinite(score, tl.arange(0, BLOCK_ROWS)[:, None] * cols + offs_cols))
         if M != M_PADDED:
-            score = tl.where(part * PART + offs_slots % PART < M, score, float("-inf"))
+            score = tl.where(exist, score, float("-inf"))
         weights, columns = weights + (weight_tile,), columns + ((offs_cols, inside),)
         lanes = lanes + split_lanes(score, PART)
     if bad != 0x7FFFFFFF:
@@ -107,7 +103,7 @@ def _select_nm_kernel(
         if not BITS:
             tl.store(output_ptr + offs_rows * cols + offs_cols, keep.to(tl.int8), mask=inside)
     if BITS:
-        store_group_bits(output_ptr, bits, first_group, cols, offs_rows, offs_rows < rows, M)
+        store_group_bits(output_ptr, bits, first_group, cols, offs_rows, keep_rows, M)
     if values_ptr is not None:
         packed = gather_kept(kept_lanes, bits, N, M)
-        store_kept(values_ptr, packed, first_group, cols // M, offs_rows, offs_rows < rows, N)
+        store_kept(values_ptr, packed, first_group, cols // M, offs_rows, keep_rows, N)

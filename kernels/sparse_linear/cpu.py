@@ -23,7 +23,7 @@ def sparse_linear_cpu(x: Tensor, packed: Packed, bias: Tensor | None, *, isa: st
         product = (DTYPE_CODES[x.dtype], address(x), tokens, address(bias), address(y))
         _C.sparse_linear(packed_weight(packed), *product, *run)
         return y
-    panel_rows = min(max(PANEL_WEIGHTS // max(packed.shape[1], 1), 1), rows)
+    panel_rows = max(min(PANEL_WEIGHTS // max(packed.shape[1], 1), rows), 1)
     panel = x.new_empty(panel_rows, packed.shape[1])  # one for all: fresh memory would cost a page fault per 4 KiB
     for begin in range(0, rows, panel_rows):
         end = min(begin + panel_rows, rows)

@@ -69,7 +69,11 @@ def pack_again(packed: Packed, isa: str, after: bool) -> None:
     """Packs what `packed` unpacks to, by `pack` and by `prune_pack_nm_`, on guarded copies; asserts equal bits."""
     guard, dense = Guarded(after), unpack(packed, backend="reference")
     rows, cols = packed.shape
-    weight, values, bitmask = guard(dense), guard(packed.values.clone().fill_(9)), guard(packed.bitmask.clone().fill_(9))
+    weight, values, bitmask = (
+        guard(dense),
+        guard(packed.values.clone().fill_(9)),
+        guard(packed.bitmask.clone().fill_(9)),
+    )
     args = weight.data_ptr(), cols, DTYPE_CODES[dense.dtype]
     to = _C.PackArgs(*args, rows, cols, values.data_ptr(), bitmask.data_ptr())
     if packed.pattern is None:

@@ -48,6 +48,19 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 @triton.jit
+def columns_of_part(first_group, part: tl.constexpr, cols, M: tl.constexpr, PART: tl.constexpr, GROUPS: tl.constexpr):
+    """Columns [1, GROUPS * PART] of lanes part * PART ... of GROUPS groups, and whether there are such columns."""
+    offs_slots = tl.arange(0, GROUPS * PART)[None, :]
+    if PART == M:
+        offs_cols = first_group * M + offs_slots
+        return offs_cols, offs_cols < cols
+    else:
+        lane = part * PART + offs_slots % PART
+        offs_cols = (first_group + offs_slots // PART) * M + lane
+        return offs_cols, (offs_cols < cols) & (lane < M)
+
+
+@triton.jit
 def widen(tile):
     """fp32 of the tile. bf16 is shifted into place, which is what the hardware does; the interpreter's own conversion
     loses denormals."""
