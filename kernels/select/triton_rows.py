@@ -40,9 +40,7 @@ def _select_rows_kernel(
     highest = tl.zeros((PART,), tl.float32)
     for part in tl.static_range(PARTS):
         inside = part * PART + tl.arange(0, PART) < cols
-        offs_cols = part * PART + tl.arange(0, PART).to(
-            tl.int64
-        )  # 64 bits: a part's offset becomes part of the instruction
+        offs_cols = part * PART + tl.arange(0, PART).to(tl.int64)  # in 64 bits the first term costs no instruction
         weight_tile = tl.load(weight_row_ptr + offs_cols, mask=inside, other=0.0)
         offs_gradient = row * stride_gradient_row + offs_cols
         score = score_of(weight_tile, column_scale_ptr, gradient_ptr, offs_cols, offs_gradient, inside, alpha)

@@ -52,6 +52,12 @@ def test_odd_shapes_and_densities(shape, density, dtype, backend):
     check(sparse_linear(x, pack(weight), backend=backend), x, weight)
 
 
+def test_a_weight_without_rows_takes_many_tokens(dtype, backend):
+    assert sparse_linear(
+        torch.ones(18, 8, dtype=dtype), pack(torch.ones(0, 8, dtype=dtype)), backend=backend
+    ).shape == (18, 0)
+
+
 def test_leading_axes_and_strided_x(dtype, backend):
     weight = sparse_weight(12, 32, (2, 4), dtype)
     x = torch.randn(4, 2, 3, 64).to(dtype)[::2, ..., ::2]
