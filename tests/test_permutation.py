@@ -87,6 +87,28 @@ def test_any_order_of_channels_leaves_the_dense_model_as_it_was(tiny_model, tiny
     assert len(changed) >= 3 * 4, "channels did change places"
 
 
+def test_experts_that_the_tested_sample_does_not_reach_are_permuted_like_the_others(tiny_model, monkeypatch):
+    monkeypatch.setattr(permutation, "best_order", shuffled)
+    dense = tiny_model("qwen3_moe", num_experts=32, num_hidden_layers=1)[0]
+    dense.config._experts_implementation = "eager"
+    store, hidden = opened(dense)
+    with store.open_block(0) as block:
+        reached = [name for name in Trace(block, hidden[:1]).inputs if "down_proj" in name]
+    assert 0 < len(reached) < 32
+    moved = copy.deepcopy(dense)
+    (done,) = permuted(moved)
+    assert len([name for name in done.kept if "down_proj" in name]) == 32
+    assert relative_difference(moved(TOKENS).logits, dense(TOKENS).logits) < 5e-6  # the other samples reach the rest
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral"])
+def test_models_stored_in_16_bits_pass_the_same_test(tiny_model, monkeypatch, family, dtype):
+    monkeypatch.setattr(permutation, "best_order", shuffled)
+    done = permuted(tiny_model(family, num_hidden_layers=1)[0].to(dtype))
+    assert [len(block.kept) for block in done] == [PERMUTED.get(family, 2)] and not done[0].skipped
+
+
 def test_grouped_queries_share_the_order_of_their_values(tiny_model):
     """Four query heads of sixteen channels, two heads of values: the columns of o move alike in both heads of a pair."""
     model = tiny_model("llama")[0]
@@ -224,7 +246,7 @@ def test_search_comes_close_to_the_best_of_all_orders():
         assert sorted(found.channels.tolist()) == list(range(8))
         assert found.kept == pytest.approx(kept_by_loops(score, found.channels.tolist(), 2, 4), rel=1e-6)
         assert found.kept_before == pytest.approx(values[0], rel=1e-6)
-        assert max(values) * (1 + 1e-6) >= found.kept >= found.kept_before
+        assert max(values) * (1 + 1e-6) >= found.kept >= found.kept_before * (1 - 1e-12)
         missed.append((max(values) - found.kept) / (max(values) - min(values)))
     assert max(missed) < 0.15 and sum(missed) / len(missed) < 0.05, missed
 
@@ -234,7 +256,14 @@ def test_search_comes_close_to_the_best_of_all_orders():
 def test_search_never_keeps_less(score, n, m):
     found = best_order(score, n=n, m=m)
     assert sorted(found.channels.tolist()) == list(range(40))
-    assert found.kept == kept_score(score, found.channels.view(-1, m), n) >= found.kept_before
+    assert found.kept == kept_score(score, found.channels.view(-1, m), n)
+    assert found.kept >= found.kept_before * (1 - 1e-12)  # fp64 sums of equal terms in another order
+
+
+def test_strong_groups_come_first():
+    score = heavy_tailed(64, 20)
+    mass = score.double().sum(dim=1)[best_order(score, n=2, m=4).channels].view(-1, 4).sum(dim=1)
+    assert (mass.diff() <= 0).all()
 
 
 def test_a_best_order_stays():

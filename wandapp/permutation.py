@@ -66,12 +66,10 @@ class _Search:
         self.done = Permutation()
 
     def run(self) -> tuple[list[tuple[Fold, Tensor]], Permutation]:
-        trace = Trace(self.block, self.sample)
-        by_parameter: dict[int, list[str]] = {}  # experts that are stored together
-        for name in candidates(self.block, trace, self.sample.shape[-1]):
-            by_parameter.setdefault(id(self.block.linears[name].parameter), []).append(name)
-        for consumers in by_parameter.values():
-            trace = self._permute(consumers, trace)
+        trace, linears = Trace(self.block, self.sample), self.block.linears
+        found = candidates(self.block, trace, self.sample.shape[-1])
+        for parameter in dict.fromkeys(linears[name].parameter for name in found):
+            trace = self._permute([name for name, view in linears.items() if view.parameter is parameter], trace)
         return self.renamed, self.done
 
     def _permute(self, consumers: list[str], trace: Trace) -> Trace:
