@@ -3,6 +3,7 @@
 import pytest
 
 from wandapp import PruneConfig, WandappError
+from wandapp.config import PRESETS
 
 
 def test_defaults_are_those_of_the_papers():
@@ -87,3 +88,17 @@ def test_bad_recipe_is_refused_in_one_sentence(tmp_path, content, said):
 def test_missing_recipe_is_named(tmp_path):
     with pytest.raises(WandappError, match=r"nope\.yaml: the recipe cannot be read \(No such file"):
         PruneConfig.from_yaml(tmp_path / "nope.yaml")
+
+
+def test_preset_best_names_a_method_unless_one_was_given():
+    assert PruneConfig(preset="best").resolved().method == "admm+reconstruct"
+    assert PruneConfig(preset="best", method="wanda").resolved().method == "wanda"
+    assert PruneConfig().resolved().method == "wanda"
+    resolved = PruneConfig(preset="best").resolved()
+    assert PruneConfig(**resolved.model_dump()).resolved() == resolved
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_fills_in_every_open_method_option(preset):
+    resolved = PruneConfig(preset=preset).resolved()
+    assert all(getattr(resolved, name) is not None for values in PRESETS.values() for name in values)

@@ -120,7 +120,8 @@ def test_experts_that_one_rank_alone_met_are_pruned_by_its_tokens(tiny_model, tm
 def test_refiners_move_all_ranks_alike(tiny_model, tmp_path, method):
     """RO draws 2 + 1 + 1 of the ranks' samples, so its last step is of one rank alone; batches of five samples are uneven."""
     model = tiny_model("gpt2", num_hidden_layers=2)[0]
-    options = dict(ro_rounds=2, ro_samples=4, reconstruct_passes=2, sparsity="2:4")
+    options = dict(ro_rounds=2, ro_samples=4, sparsity="2:4")
+    options |= dict(reconstruct_passes=2, reconstruct_target="dense-path")
     alone = pruned(model, ["wanda", method], 5, **options)
     ended = harness.run_ranks(3, lambda ranks: pruned(model, [method], 5, ranks, **options), tmp_path)
     assert [end.code for end in ended] == [0] * 3, ended[0].printed

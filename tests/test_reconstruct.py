@@ -8,8 +8,6 @@ import torch
 import wandapp
 from wandapp.blocks import find_blocks
 from wandapp.methods.reconstruct import rate_factor
-from wandapp.pattern import SparsityPattern
-from wandapp.store import ModelStore
 
 LR = 1e-3
 
@@ -23,46 +21,52 @@ def prune(model, method, samples=16, **options):
     return wandapp.prune(model, None, calibration=tokens_of(samples), method=method, **options)
 
 
-def first_block_in_fp64(model, tokens):
-    """(inputs, dense outputs, function of the block) of the first decoder block, all in fp64."""
-    store = ModelStore(model, SparsityPattern.parse("2:4"), device=torch.device("cpu"))
-    hidden = store.record(tokens, len(tokens)).double()
-    with store.open_block(0) as block, torch.no_grad():
-        return hidden, block.module.double()(hidden, *block.calls[len(tokens)].args, **block.calls[len(tokens)].kwargs)
+def states_after_blocks(model, tokens):
+    """What each decoder block of a model in fp64 gives for tokens: a list of [samples, seq_len, hidden_size]."""
+    states = []
+    hooks = [
+        block.register_forward_hook(lambda _, args, output: states.append(output)) for block in find_blocks(model)[1]
+    ]
+    with torch.no_grad():
+        model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return states
 
 
+@pytest.mark.parametrize("target", ["pruned-path", "dense-path"])
 @pytest.mark.parametrize("kind", ["token", "frobenius"])
-def test_first_step_moves_each_kept_weight_by_its_rate_against_the_gradient(tiny_model, kind):
-    dense = tiny_model("llama")[0]
-    pruned = copy.deepcopy(dense)
-    tokens = tokens_of(1)
-    wandapp.prune(pruned, None, calibration=tokens, method="wanda")
+def test_first_step_moves_each_kept_weight_by_its_rate_against_the_gradient(tiny_model, kind, target):
+    """On the second block, where the two targets differ."""
+    dense, tokens = tiny_model("llama")[0], tokens_of(1)
     trained = copy.deepcopy(dense)
-    options = {"reconstruct_passes": 1, "reconstruct_lr": LR, "reconstruct_loss": kind}
+    options = {"reconstruct_passes": 1, "reconstruct_lr": LR, "reconstruct_loss": kind, "reconstruct_target": target}
     wandapp.prune(trained, None, calibration=tokens, method="wanda+reconstruct", **options)
+    untrained = copy.deepcopy(dense)  # its second block as the first step finds it
+    find_blocks(untrained)[1][0].load_state_dict(find_blocks(trained)[1][0].state_dict())
+    wandapp.prune(untrained, None, calibration=tokens, method="wanda", skip=(r"layers\.0\.",))
 
-    _, target = first_block_in_fp64(copy.deepcopy(dense), tokens)
-    model = copy.deepcopy(pruned)
-    store = ModelStore(model, SparsityPattern.parse("2:4"), device=torch.device("cpu"))
-    hidden = store.record(tokens, 1).double()
-    with store.open_block(0) as block:
-        module, call = block.module.double(), block.calls[1]
-        for parameter in module.parameters():
-            parameter.requires_grad_(True)
-        error = module(hidden, *call.args, **call.kwargs) - target
-        if kind == "token":
-            error = error / target.square().mean(-1, keepdim=True).sqrt()
-        error.square().sum().backward()
-        moved = 0
-        for name, parameter in module.named_parameters():
-            before, after = parameter.detach(), find_blocks(trained)[1][0].get_parameter(name).detach().double()
-            kept = before != 0
-            rate = LR * before[kept].square().mean().sqrt()
-            clear = kept & (parameter.grad.abs() > 1e-6 * parameter.grad.abs().max())  # fp32 knows the sign of these
-            step = (before - after)[clear]
-            torch.testing.assert_close(step, rate * parameter.grad[clear].sign(), rtol=1e-2, atol=1e-7)
-            assert torch.equal(after[~kept], torch.zeros_like(after[~kept]))
-            moved += clear.sum().item()
+    model, dense = untrained.double(), copy.deepcopy(dense).double()
+    if target == "pruned-path":
+        find_blocks(dense)[1][0].load_state_dict(find_blocks(model)[1][0].state_dict())
+    wanted, module = states_after_blocks(dense, tokens)[1], find_blocks(model)[1][1]
+    outputs = []
+    module.register_forward_hook(lambda _, args, output: outputs.append(output))
+    model(tokens)
+    error = outputs[0] - wanted
+    if kind == "token":
+        error = error / wanted.square().mean(-1, keepdim=True).sqrt()
+    error.square().sum().backward()
+    moved = 0
+    for name, parameter in module.named_parameters():
+        before, after = parameter.detach(), find_blocks(trained)[1][1].get_parameter(name).detach().double()
+        kept = before != 0
+        rate = LR * before[kept].square().mean().sqrt()
+        clear = kept & (parameter.grad.abs() > 1e-6 * parameter.grad.abs().max())  # fp32 knows the sign of these
+        step = (before - after)[clear]
+        torch.testing.assert_close(step, rate * parameter.grad[clear].sign(), rtol=1e-2, atol=1e-7)
+        assert torch.equal(after[~kept], torch.zeros_like(after[~kept]))
+        moved += clear.sum().item()
     assert moved > 10_000
 
 
@@ -101,6 +105,30 @@ def test_a_rate_that_destroys_the_block_leaves_the_earlier_weights(tiny_model):
     prune(wild, "wanda+reconstruct", reconstruct_lr=50.0)
     for name, value in plain.state_dict().items():
         assert torch.equal(value, wild.state_dict()[name]), name
+
+
+def test_the_dense_path_leaves_the_model_nearer_to_the_dense_one(tiny_model):
+    dense, tokens = tiny_model("llama")[0], tokens_of(16)
+    errors = {}
+    for target in ("pruned-path", "dense-path"):
+        model = copy.deepcopy(dense)
+        prune(model, "wanda+reconstruct", reconstruct_target=target, reconstruct_loss="frobenius")
+        states, wanted = (states_after_blocks(m, tokens)[-1] for m in (model, dense))
+        errors[target] = (states - wanted).norm() / wanted.norm()
+    assert errors["dense-path"] < errors["pruned-path"]
+
+
+def test_products_in_bfloat16_leave_masters_and_storage_in_fp32(tiny_model):
+    exact, coarse = tiny_model("llama")[0], tiny_model("llama")[0]
+    prune(exact, "wanda+reconstruct")
+    report = prune(coarse, "wanda+reconstruct", reconstruct_compute="bfloat16")
+    assert all(block.error < block.error_before for block in report.blocks)
+    ours, theirs = coarse.state_dict(), exact.state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert ours[name].dtype == torch.float32
+    assert not torch.equal(ours[name], ours[name].bfloat16().float())
+    assert not torch.equal(ours[name], theirs[name])
+    torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0.1 * theirs[name].abs().max().item())
 
 
 def test_bf16_weights_learn_through_fp32_masters(tiny_model):

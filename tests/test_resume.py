@@ -30,6 +30,11 @@ METHODS = {
     "gblm": {},
     "wanda++": {"ro_rounds": 2, "ro_samples": 2},
     "sparsegpt+ro": {"ro_rounds": 1, "ro_samples": 2},
+    "wanda+reconstruct": {
+        "reconstruct_passes": 2,
+        "reconstruct_target": "dense-path",
+        "activations": "disk",
+    },
 }
 
 
@@ -142,7 +147,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "method", ["gblm", "wanda++", *(pytest.param(m, marks=SLOW) for m in METHODS if m not in ("gblm", "wanda++"))]
+    "method", [pytest.param(m, marks=() if m in ("gblm", "wanda++", "wanda+reconstruct") else SLOW) for m in METHODS]
 )
 def test_every_method_resumes_to_the_same_bits_streamed_or_not(method, recipe, tmp_path):
     config = recipe(method=method, **METHODS[method])

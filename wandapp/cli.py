@@ -81,7 +81,7 @@ def prune_command(
     output = Output(json_only)
     if model is not None:
         options["model"] = model
-    recipe = PruneConfig.from_yaml(config, **options) if config else PruneConfig(**options)
+    recipe = (PruneConfig.from_yaml(config, **options) if config else PruneConfig(**options)).resolved()
     if plan:
         return show_plan(recipe, output)
     packed = cli_packed.check_packed_output(recipe) if pack else None

@@ -81,7 +81,9 @@ class PruneConfig(Options):
     batch_size: int | None = Field(None, ge=1, description="samples per forward; default: as many as the machine likes")
 
     # Methods. Wanda++: arXiv:2503.04992. A field that is None takes the preset's value (PRESETS below)
-    preset: Literal["paper", "robust"] = Field("robust", description="values of the method options left open")
+    preset: Literal["paper", "robust", "best"] = Field(
+        "robust", description="values of the method options left open; best: of the method too"
+    )
     alpha: float | None = Field(None, ge=0, description="weight of the gradient in the score of rgs and gblm")
     alpha_unit: Literal["absolute", "relative"] | None = Field(
         None,
@@ -99,15 +101,22 @@ class PruneConfig(Options):
     ro_loss: Literal["frobenius", "token"] | None = Field(
         None, description="ro: squared error of the outputs as they are, or with each token divided by its target's RMS"
     )
-    reconstruct_passes: int = Field(6, ge=0, description="passes of +reconstruct over all calibration samples")
+    reconstruct_passes: int = Field(8, ge=0, description="passes of +reconstruct over all calibration samples")
     reconstruct_lr: float = Field(
-        3e-3,
+        2e-2,
         gt=0,
         description="highest learning rate of +reconstruct, as a fraction of each parameter's root mean square",
     )
     reconstruct_loss: Literal["frobenius", "token"] = Field(
         "token",
         description="+reconstruct: squared error of the outputs as they are, or each token's by its target's RMS",
+    )
+    reconstruct_target: Literal["pruned-path", "dense-path"] = Field(
+        "dense-path",
+        description="+reconstruct: aim at the dense block's outputs on the pruned model's states, or at the dense model's",
+    )
+    reconstruct_compute: Literal["storage", "bfloat16"] | None = Field(
+        None, description="type of the products in +reconstruct's steps; masters and losses are fp32"
     )
     gblm_norm: Literal["l2", "l1"] = Field("l2", description="how gblm joins gradients of samples (arXiv:2311.04902)")
     gblm_cache: str | None = Field(
@@ -132,8 +141,10 @@ class PruneConfig(Options):
         return self.allocate != "uniform"
 
     def resolved(self) -> "PruneConfig":
-        """The same with every open method option filled in from the preset."""
-        return self.with_values(PRESETS[self.preset])
+        """The same with every open method option filled in from the preset, and the method if none was named."""
+        values = PRESETS[self.preset]
+        named = "method" in self.model_fields_set or "method" not in values
+        return (self if named else self.model_copy(update={"method": values["method"]})).with_values(values)
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -196,6 +207,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_lr_unit": "absolute",
         "ro_loss": "frobenius",
         "permute": False,
+        "reconstruct_compute": "storage",
     },
     "robust": {
         "alpha": 1.0,
@@ -205,5 +217,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_lr_unit": "weight-rms",
         "ro_loss": "token",
         "permute": False,
+        "reconstruct_compute": "storage",
     },
 }
+# The lowest perplexity of what was tried at this cost (docs/methods.md, Presets)
+PRESETS["best"] = PRESETS["robust"] | {"method": "admm+reconstruct", "reconstruct_compute": "bfloat16"}

@@ -50,8 +50,8 @@ def prune_checkpoint(
     for name, example in (("model", "wandapp prune smollm2 ..."), ("out", "--out pruned-model")):
         if getattr(config, name) is None:
             raise WandappError(f"prune needs {name}; give it, e.g. {example}")
-    methods.resolve(config.method)
     config = config.resolved()
+    methods.resolve(config.method)
     with _stoppable(), join(resolve_device(config.device)) as ranks:
         run = RunFolder(config, resume=resume, ranks=ranks)
         if ranks.first(lambda: resume and run.is_complete()):

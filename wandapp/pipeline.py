@@ -19,7 +19,7 @@ from wandapp.calibration import Calibration, load_calibration, save_tokens
 from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
 from wandapp.memory import kept_pages
-from wandapp.methods.base import BlockRecord
+from wandapp.methods.base import BlockRecord, Method
 from wandapp.models import resolve_device
 from wandapp.pattern import SparsityPattern
 from wandapp.report import MachineRate, Progress, PruneReport, block_figures, peak_gib
@@ -122,13 +122,17 @@ def _run(store: ModelStore, method, tokens: Tensor, config: PruneConfig, report:
     with clock("prepare"):
         if store.done < len(store):
             report.flops += method.prepare(store, own, hidden)
+    dense_path = store.copy(hidden) if method.follows_dense_path and store.done < len(store) else None
     waited = store.io_seconds
     for index in range(len(store)):
         rate.sample()
         record = store.finished(index)  # by an earlier run that was interrupted
+        if record is not None and dense_path is not None:
+            with store.open_block(index) as block, clock("dense path"):
+                block.run_(dense_path)
         with store.open_block(index, pruned=record is not None) as block:
             if record is None:
-                record = _prune_block(block, hidden, pattern, method, clock)
+                record = _prune_block(block, hidden, dense_path, pattern, method, clock)
                 store.keep(block, record)
             with clock("forward"):
                 if index + 1 < len(store) and store.done < len(store):
@@ -142,9 +146,19 @@ def _run(store: ModelStore, method, tokens: Tensor, config: PruneConfig, report:
     report.kept_dense = store.kept_dense()
 
 
-def _prune_block(block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern, method, clock: "_Clock") -> BlockRecord:
+def _prune_block(
+    block: DecoderBlock,
+    hidden: Tensor,
+    dense_path: Tensor | None,
+    pattern: SparsityPattern,
+    method: Method,
+    clock: "_Clock",
+) -> BlockRecord:
+    if dense_path is not None:
+        with clock("dense path"):
+            block.run_(dense_path)
     with clock("prune"):
-        record = method.prune_block(block, hidden, pattern)
+        record = method.prune_block(block, hidden, pattern, dense_path)
     with clock("verify"):
         _check(block, pattern, record)
         method.ranks.require_equal(lambda: checksum(block), block.name)

@@ -100,6 +100,7 @@ class Measurements:
     outputs     [kept, seq_len, hidden_size] dense outputs of the leading samples
     tokens      calibration tokens that reached each linear map
     leader      the linear map whose statistics each one shares: an earlier one fed by the same tensor, or itself
+    dense_path  [samples, seq_len, hidden_size] what the dense model gives here on its own inputs, where a method follows it
     probes      up to PROBE_TOKENS input rows [tokens, in_features] of each linear map, for layer errors
     orders      since then, by linear map: for each output and for each input feature, which one came to its place
     """
@@ -114,6 +115,7 @@ class Measurements:
     probes: dict[str, Tensor] = field(default_factory=dict)
     drawn: Tensor | None = None
     orders: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+    dense_path: Tensor | None = None
 
     @property
     def samples(self) -> int:

@@ -69,13 +69,23 @@ class ModelStore:
     def record(self, tokens: Tensor, batch_size: int) -> Tensor:
         """Records every block's call arguments; returns the first block's inputs [samples, seq_len, hidden_size]."""
         self.batch_size = batch_size
-        on_disk = self.run is not None and self.run.config.activations == "disk"
-        self.recording = record(
-            self.model, self.blocks, tokens, batch_size, allocate=self.run.disk_tensor if on_disk else torch.empty
-        )
+        self.recording = record(self.model, self.blocks, tokens, batch_size, allocate=self._allocate)
         self.attention_flops_per_token = attention_flops_per_token(self.model.config, tokens.shape[1])
         self._moved: dict[int, Tensor] = {}
-        return self.recording.hidden if on_disk else self.recording.hidden.to(self.device)
+        return self.recording.hidden if self._states_on_disk else self.recording.hidden.to(self.device)
+
+    def copy(self, hidden: Tensor) -> Tensor:
+        """A second set of hidden states, in memory or on the disk as the first."""
+        return (
+            self._allocate(tuple(hidden.shape), hidden.dtype).copy_(hidden) if self._states_on_disk else hidden.clone()
+        )
+
+    @property
+    def _states_on_disk(self) -> bool:
+        return self.run is not None and self.run.config.activations == "disk"
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return self.run.disk_tensor(shape, dtype) if self._states_on_disk else torch.empty(shape, dtype=dtype)
 
     def loss_gradient(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Gradient of the summed per-sample mean next-token loss by the last block's outputs hidden [samples, seq_len, ..]."""

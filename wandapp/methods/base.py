@@ -36,8 +36,9 @@ class ScoreTerms(NamedTuple):
 class BlockRecord:
     """What the report keeps of one block.
 
-    error           ||f(X) - f_pruned(X)|| / ||f(X)|| on the probe samples, after everything
-    error_before    the same before a refiner, where there is one
+    error           ||T - f_pruned(X)|| / ||T|| on the probe samples, after everything; T is f(X), or the dense model's own
+                    states where a refiner follows them
+    error_before    the same before refiners, where there is one
     layer_errors    ||X W^T - X W'^T|| / ||X W^T|| on the first sample's leading tokens, by linear map
     histograms      counts of weights and scores before and after, from a few rows of each map (wandapp.histograms)
     kept_score      by map whose input channels were permuted: the fraction of its score that n:m keeps, before and after
@@ -65,6 +66,7 @@ class Method:
     needs: frozenset[str] = frozenset()  # statistics it reads (wandapp.statistics)
     compensates = False  # whether it also changes the weights it keeps
     is_exact = True  # whether it removes as many weights as it is asked to
+    follows_dense_path = False  # whether it reads the dense model's own states after each block
     outputs_read: int | None = 1  # leading samples whose dense outputs it reads; None: all
 
     def __init__(self, config: PruneConfig, ranks: Ranks):
@@ -100,14 +102,20 @@ class Method:
         for view in block.linears.values():
             self.prune_linear_(view, view.weight, self.checked_terms(view, measured, record), pattern)
 
-    def prune_block(self, block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern) -> BlockRecord:
-        """Measures the dense block on hidden [samples, seq_len, hidden_size] and prunes it in place."""
+    def prune_block(
+        self, block: DecoderBlock, hidden: Tensor, pattern: SparsityPattern, dense_path: Tensor | None = None
+    ) -> BlockRecord:
+        """Measures the dense block on hidden [samples, seq_len, hidden_size] and prunes it in place.
+
+        dense_path   states after this block in the dense model, shaped as hidden, for a method that follows them
+        """
         record = BlockRecord(block.name)
         measured = measure(
             block, hidden, self.needs, self.ranks, outputs=self.outputs_read, loss=self.config.regional_loss
         )
         if self.config.permute:
             self.permute(block, hidden, measured, pattern, record)
+        measured.dense_path = dense_path
         dense, histograms = probe_products(block, measured), BlockHistograms(block)
         self.transform(block, hidden, measured, pattern, record)
         histograms.score(lambda view: self.scorer.checked_terms(view, measured, BlockRecord(block.name)))

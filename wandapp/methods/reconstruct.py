@@ -1,12 +1,15 @@
-"""Block reconstruction: with the mask fixed, the kept weights of a block learn to give the dense block's outputs.
+"""Block reconstruction: the weights that a block keeps learn to give the dense model's states.
 
-    minimise over kept weights, biases and norm weights    sum_n || D_n (f(X_n) - f_pruned(X_n)) ||^2
+    minimise over kept weights, biases and norm weights    sum_n || D_n (T_n - f_pruned(X_n)) ||^2
 
-X_n are the pruned path's inputs of sample n; D_n divides each token by the RMS of its target (loss "token") or is the
-identity ("frobenius"); f is the dense block on the same inputs.
-Adam on fp32 masters, all samples once a pass in random batches, linear warm-up over the first tenth of the steps, then a
-cosine to zero. The rate of each parameter is a fraction of its own RMS, so one setting serves every scale. Leading samples
-are held out, and the weights of the best pass by their error are kept. Biases and norm weights cost nothing at inference.
+X_n are the pruned path's inputs of sample n; T_n the dense block's outputs on them (target "pruned-path") or the dense
+model's own states at this depth ("dense-path": the block also mends what the blocks before it spoilt). D_n divides each
+token by the RMS of its target (loss "token") or is the identity ("frobenius").
+
+Adam on fp32 masters, a step per sample, all samples once a pass in random order, linear warm-up over the first tenth of
+the steps, then a cosine to zero. The rate of each parameter is a fraction of its own RMS, so one setting serves every
+scale. Leading samples are held out, and the weights of the best pass by their error are kept. Biases and norm weights cost
+nothing at inference.
 """
 
 import math
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from wandapp.blocks import DecoderBlock
 from wandapp.distributed import Share
 from wandapp.methods.base import ERROR_SAMPLES, block_error, output_error
-from wandapp.methods.refiner import Refinement, Refiner, Snapshot, linear_parameters
+from wandapp.methods.refiner import Masters, Refinement, Refiner, Snapshot, linear_parameters
 from wandapp.statistics import Measurements
 
 WARM_UP = 0.1  # of all steps
@@ -27,7 +30,7 @@ BETAS, EPSILON = (0.9, 0.95), 1e-20  # gradients of a normalised loss are tiny; 
 
 
 class Reconstruction(Refiner):
-    """Masked training of one block at a time, on batches of all calibration samples."""
+    """Training of one block at a time under its mask, on all calibration samples."""
 
     title = "reconstruction"
 
@@ -39,6 +42,22 @@ class Reconstruction(Refiner):
     def loss(self) -> str:  # type: ignore[override]  # a class's constant elsewhere, an option here
         return self.config.reconstruct_loss
 
+    @property
+    def follows_dense_path(self) -> bool:  # type: ignore[override]
+        return self.config.reconstruct_target == "dense-path" and not self.is_idle
+
+    @property
+    def outputs_read(self) -> int | None:  # type: ignore[override]
+        """All, as targets; along the dense path only what the method inside reads."""
+        return self.method.outputs_read if self.follows_dense_path else None
+
+    @property
+    def reads_samples(self) -> bool:
+        return True
+
+    def targets(self, measured: Measurements) -> Tensor:
+        return measured.outputs if measured.dense_path is None else measured.dense_path
+
     def parameters(self, block: DecoderBlock) -> list[nn.Parameter]:
         """The pruned linear maps, and every vector of the block: norm weights and biases."""
         return [*linear_parameters(block), *(p for p in block.module.parameters() if p.dim() == 1)]
@@ -48,36 +67,40 @@ class Reconstruction(Refiner):
 
 
 class _Training:
-    """All passes over one block. masters: fp32 values by parameter (the parameter itself where storage is fp32)."""
+    """All passes over one block.
+
+    masters   fp32 values of what is trained
+    keep      1.0 where a weight is kept and 0.0 elsewhere, by parameter; vectors have none
+    """
 
     def __init__(self, method: Reconstruction, block: DecoderBlock, hidden: Tensor, measured: Measurements):
-        self.block, self.hidden, self.targets = block, hidden, measured.outputs
+        self.block, self.hidden, self.targets = block, hidden, method.targets(measured)
         self.config, self.ranks, self.share = method.config, method.ranks, measured.share
         self.parameters = method.parameters(block)
-        self.masters = {p: p.data if p.dtype == torch.float32 else p.data.float() for p in self.parameters}
-        self.keep = {p: self.masters[p] != 0 for p in linear_parameters(block)}
-        self.held_out = (
-            ERROR_SAMPLES if self.share.total > 2 * ERROR_SAMPLES else 0
-        )  # of few samples all are trained on
+        self.masters = Masters(self.parameters)
+        self.keep = {p: (self.masters.values[p] != 0).float() for p in linear_parameters(block)}
+        # of few samples all are trained on
+        self.held_out = ERROR_SAMPLES if self.share.total > 2 * ERROR_SAMPLES else 0
         self.probe = slice(0, self.share.leading(ERROR_SAMPLES))
         self.generator = torch.Generator().manual_seed(self.config.seed * 100_003 + block.index)
 
     def run(self) -> None:
         passes = self.config.reconstruct_passes
         optimiser = torch.optim.Adam(
-            [{"params": [master], "lr": self._rate(master)} for master in self.masters.values()],
+            [{"params": [master], "lr": self._rate(master)} for master in self.masters.values.values()],
             betas=BETAS,
             eps=EPSILON,
+            fused=True,
         )
-        steps = passes * len(list(self._batches()))
+        steps = passes * len(list(self._steps()))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, steps))
         best, best_error = Snapshot(self.parameters), self._error()
         for _ in range(passes):
-            for rows in self._batches():
+            for rows in self._steps():
                 self._set_gradients(rows)
                 optimiser.step()
                 schedule.step()
-                self._store()
+                self.masters.store()
             error = self._error()
             if error < best_error:
                 best, best_error = Snapshot(self.parameters), error
@@ -87,17 +110,14 @@ class _Training:
         kept = master[master != 0]
         return self.config.reconstruct_lr * kept.square().mean().sqrt().item() if len(kept) else 0.0
 
-    def _batches(self) -> Iterator[tuple[Tensor | None, ...]]:
-        """One pass: each step's rows of every rank, in a random order that all ranks know; None: that rank has no more."""
-        size = max(self.block.calls)
-        return zip_longest(*(self._order(rank, size) for rank in range(self.ranks.size)))
+    def _steps(self) -> Iterator[tuple[Tensor | None, ...]]:
+        """One pass: each step's sample of every rank, in a random order that all ranks know; None: that rank has no more."""
+        return zip_longest(*map(self._order, range(self.ranks.size)))
 
-    def _order(self, rank: int, size: int) -> list[Tensor]:
+    def _order(self, rank: int) -> tuple[Tensor, ...]:
         held_out = Share(rank, self.share.counts).leading(self.held_out)
-        count = self.share.counts[rank] - held_out
-        order = held_out + torch.randperm(count, generator=self.generator)
-        size = size if count >= size else 1  # only recorded batch sizes can run
-        return list(order[: count // size * size].split(size))
+        order = held_out + torch.randperm(self.share.counts[rank] - held_out, generator=self.generator)
+        return order.split(1)
 
     def _set_gradients(self, rows: tuple[Tensor | None, ...]) -> None:
         """Gradients of the masters by the summed loss of one step's samples on all ranks; removed weights get none."""
@@ -105,11 +125,11 @@ class _Training:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         if own is not None:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._precision():
                 output = self.block(self.hidden[own])
                 loss = output_error(output, self.targets[own], self.config.reconstruct_loss).sum()
                 self.block.backward(loss, tokens=output.shape[0] * output.shape[1])
-        for parameter, master in self.masters.items():
+        for parameter, master in self.masters.values.items():
             gradient = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
             master.grad = self.ranks.sum_(gradient.contiguous())
             if parameter in self.keep:
@@ -117,16 +137,16 @@ class _Training:
             parameter.grad = None
             parameter.requires_grad_(False)
 
+    def _precision(self) -> torch.autocast:
+        """The type of a step's products; masters, gradients of masters and the loss are fp32."""
+        enabled = self.config.reconstruct_compute == "bfloat16"
+        return torch.autocast(self.hidden.device.type, torch.bfloat16, enabled=enabled)
+
     def _error(self) -> float:
         probe = self.probe
         return block_error(
             self.block, self.hidden[probe], self.targets[probe], self.ranks, kind=self.config.reconstruct_loss
         )
-
-    def _store(self) -> None:
-        for parameter, master in self.masters.items():
-            if master.data_ptr() != parameter.data_ptr():
-                parameter.data.copy_(master)
 
 
 def rate_factor(step: int, steps: int) -> float:

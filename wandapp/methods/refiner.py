@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from wandapp.blocks import DecoderBlock
@@ -23,6 +24,22 @@ class Snapshot:
     def restore(self) -> None:
         for parameter, value in self.values.items():
             parameter.data.copy_(value)
+
+
+class Masters:
+    """fp32 values of parameters while they are optimised; the parameter itself where storage is fp32.
+
+    values   by parameter, of its shape
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.values = {p: p.data if p.dtype == torch.float32 else p.data.float() for p in parameters}
+
+    def store(self) -> None:
+        """Rounds the values into the parameters."""
+        for parameter, master in self.values.items():
+            if master.data_ptr() != parameter.data_ptr():
+                parameter.data.copy_(master)
 
 
 @dataclass
@@ -54,8 +71,12 @@ class Refiner(Method):
         """Whether its options leave it nothing to do."""
         return False
 
+    def targets(self, measured: Measurements) -> Tensor:
+        """What the block's outputs [samples, seq_len, hidden_size] of this rank's samples are to become."""
+        return measured.outputs
+
     def refine(self, block: DecoderBlock, hidden: Tensor, measured: Measurements, refinement: Refinement) -> None:
-        """Improves the pruned block in place; measured.outputs holds the dense outputs of all of this rank's samples."""
+        """Improves the pruned block in place."""
         raise NotImplementedError(f"{type(self).__name__} refines nothing")
 
     def parameters(self, block: DecoderBlock) -> list[nn.Parameter]:
@@ -72,7 +93,12 @@ class Refiner(Method):
         self.method.transform(block, hidden, measured, pattern, record)
         if self.is_idle:
             return
-        probe = measured.outputs[: measured.share.leading(ERROR_SAMPLES)]
+        targets = self.targets(measured)
+        probe = targets[: measured.share.leading(ERROR_SAMPLES)]
+        if (
+            record.error_before is None or targets is not measured.outputs
+        ):  # else it was measured before another refiner
+            record.error_before = block_error(block, hidden, probe, self.ranks)
         before, earlier = Snapshot(self.parameters(block)), block_error(block, hidden, probe, self.ranks, self.loss)
         self.refine(block, hidden, measured, Refinement(pattern, dense))
         error = block_error(block, hidden, probe, self.ranks, self.loss)
@@ -82,7 +108,6 @@ class Refiner(Method):
                 f"{block.name}: {self.title} changed the block's error from {earlier:.4g} to {error:.4g}; the weights "
                 "before it were kept"
             )
-        record.error_before = record.error if record.error_before is None else record.error_before
         record.error = block_error(block, hidden, probe, self.ranks)
 
 

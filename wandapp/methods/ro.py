@@ -25,7 +25,7 @@ from wandapp.distributed import Share, even_counts
 from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.kernels.rmsprop import rmsprop_
 from wandapp.methods.base import BlockRecord, Method, output_error
-from wandapp.methods.refiner import Refinement, Refiner, linear_parameters
+from wandapp.methods.refiner import Masters, Refinement, Refiner, linear_parameters
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
 
@@ -48,15 +48,15 @@ class RegionalOptimisation(Refiner):
 
 
 class _Optimisation:
-    """K rounds on one block. masters: fp32 weights by parameter (the parameter itself where storage is fp32)."""
+    """K rounds on one block."""
 
     def __init__(self, method: Method, block: DecoderBlock, hidden: Tensor, measured: Measurements):
         self.method, self.block, self.hidden, self.measured = method, block, hidden, measured
         self.config, self.ranks = method.config, method.ranks
         self.parameters = linear_parameters(block)
-        self.masters = {p: p.data if p.dtype == torch.float32 else p.data.float() for p in self.parameters}
-        self.mean_square = {p: torch.zeros_like(master) for p, master in self.masters.items()}
-        self.learning_rate = {p: self._learning_rate(master, p.dtype) for p, master in self.masters.items()}
+        self.masters = Masters(self.parameters)
+        self.mean_square = {p: torch.zeros_like(master) for p, master in self.masters.values.items()}
+        self.learning_rate = {p: self._learning_rate(master, p.dtype) for p, master in self.masters.values.items()}
 
     def run(self, pattern: SparsityPattern) -> None:
         generator = torch.Generator().manual_seed(self.config.seed * 100_003 + self.block.index)
@@ -66,7 +66,7 @@ class _Optimisation:
             for step in zip_longest(*(samples.tolist() for samples in drawn)):
                 self._step(step)
         self._prune(pattern, None)
-        self._store()
+        self.masters.store()
 
     def _prune(self, pattern: SparsityPattern, drawn: Tensor | None) -> None:
         for norm in dict.fromkeys(self.measured.norms.values()):
@@ -74,11 +74,11 @@ class _Optimisation:
         measured = self.measured.among(drawn)
         for view in self.block.linears.values():
             terms = self.method.checked_terms(view, measured, BlockRecord(self.block.name))
-            self.method.prune_linear_(view, view.of(self.masters[view.parameter]), terms, pattern)
+            self.method.prune_linear_(view, view.of(self.masters.values[view.parameter]), terms, pattern)
 
     def _step(self, samples: tuple[int | None, ...]) -> None:
         """One RMSprop step on the summed squared distance of one sample's outputs per rank; None: that rank has no more."""
-        self._store()
+        self.masters.store()
         own = samples[self.ranks.rank]
         if own is not None:
             self._backward(own)
@@ -87,7 +87,7 @@ class _Optimisation:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
             self.ranks.sum_(gradient)
             rate = self.learning_rate[parameter] * count**0.5
-            rmsprop_(self.masters[parameter], gradient, self.mean_square[parameter], lr=rate, decay=DECAY**count)
+            rmsprop_(self.masters.values[parameter], gradient, self.mean_square[parameter], lr=rate, decay=DECAY**count)
             parameter.grad = None
             parameter.requires_grad_(False)
 
@@ -122,11 +122,6 @@ class _Optimisation:
             return self.config.ro_lr
         steps = self.config.ro_rounds * min(self.config.ro_samples, self.measured.samples)
         return max(self.config.ro_lr, rms * torch.finfo(storage).eps / steps)
-
-    def _store(self) -> None:
-        for parameter, master in self.masters.items():
-            if master.data_ptr() != parameter.data_ptr():
-                parameter.data.copy_(master)
 
 
 def draw(share: Share, samples: int, generator: torch.Generator) -> list[Tensor]:
