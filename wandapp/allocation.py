@@ -64,7 +64,7 @@ def allocate(store, method: Method, config: PruneConfig, hidden: Tensor) -> Allo
             flops += block.flops
     shapes = [{view.name: view.weight.numel() for view in linears.values()} for linears in store.linears]
     weights = [sum(sizes.values()) for sizes in shapes]
-    spread = owl_sparsities if config.allocate == "owl" else error_sparsities
+    spread: Callable[..., list[float]] = owl_sparsities if config.allocate == "owl" else error_sparsities
     sparsities = spread(sensitivities, weights, target, config.allocate_spread)
     names = [f"{store.prefix}.{index}" for index in range(len(store))]
     return Allocation(counted(target, shapes, sparsities), dict(zip(names, sparsities, strict=True)), flops)

@@ -192,15 +192,16 @@ def verify_command(
     from wandapp.weight_files import is_packed
 
     output, path = Output(json_only), folder / "wandapp" / "recipe.yaml"
-    recipe = PruneConfig.from_yaml(path) if sparsity is None or path.is_file() else PruneConfig()
-    if sparsity is None:
+    recipe = PruneConfig.from_yaml(path) if sparsity is None or path.is_file() else None
+    if recipe and sparsity is None:
         sparsity, skip = recipe.sparsity, skip or list(recipe.skip)
-    options: dict[str, Any] = {"skip": tuple(skip or ()), "together": recipe.is_allocated}
+    is_allocated = recipe is not None and recipe.is_allocated
+    options: dict[str, Any] = {"skip": tuple(skip or ()), "together": is_allocated}
     if is_packed(folder):
         report = verify_packed(folder, sparsity, **options)
     else:
         report = verify_model(load_model(str(folder)).model, sparsity, **options)
-    together = " together" if recipe.is_allocated else ""
+    together = " together" if is_allocated else ""
     verdict = (
         f"ok: {report.linears} linear maps{together} hold {sparsity}"
         if report.ok
