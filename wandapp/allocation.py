@@ -16,7 +16,7 @@ Differs from the paper: the leading SAMPLES samples serve; mean d counts each bl
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
