@@ -1,16 +1,10 @@
-"""Fixtures for all tests. The helpers of tests/tiny.py come as fixtures: importlib mode has no importable `tests`."""
-
-import importlib.util
-from pathlib import Path
+"""Fixtures for all tests. Helpers without state are plain modules: tiny, oracle, ranks, hostile."""
 
 import pytest
+import tiny
 import torch
 
 from wandapp import save_pruned
-
-_SPEC = importlib.util.spec_from_file_location("wandapp_tests_tiny", Path(__file__).with_name("tiny.py"))
-tiny = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(tiny)
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +43,13 @@ def pruned_checkpoint(tmp_path_factory):
 def tiny_family(request) -> str:
     """The name of each supported family in turn."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads of matrices this small only wait for each other, and for minutes where the machine is busy; none may be
+    there before a fork."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

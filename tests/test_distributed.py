@@ -1,13 +1,12 @@
 """Several ranks against one process: the same masks, uneven shares, and no rank that waits for one that is gone."""
 
 import copy
-import importlib.util
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
+import ranks as harness
 import torch
 
 from wandapp import distributed
@@ -20,20 +19,8 @@ from wandapp.models import resolve_device
 from wandapp.pipeline import checksum, prune
 from wandapp.report import MachineRate
 
-_SPEC = importlib.util.spec_from_file_location("wandapp_tests_ranks", Path(__file__).with_name("ranks.py"))
-harness = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(harness)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 SCORES = ["magnitude", "wanda", "sparsegpt", "admm", "gblm", "rgs"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As torchrun's ranks have, and safe to fork."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

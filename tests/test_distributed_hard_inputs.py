@@ -1,10 +1,10 @@
 """Inputs that are hard, shared out to ranks: what only one rank meets must count, or end the job, on all of them."""
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import pytest
+import ranks as harness
 import torch
 
 from wandapp import distributed
@@ -12,22 +12,14 @@ from wandapp.pipeline import prune
 from wandapp.report import MachineRate
 from wandapp.verify import verify_model
 
-_SPEC = importlib.util.spec_from_file_location("wandapp_tests_ranks", Path(__file__).with_name("ranks.py"))
-harness = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(harness)
-
 POISON = 249  # a token that only the last sample holds
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def quick(one_thread, monkeypatch):
     monkeypatch.setattr(MachineRate, "sample", lambda self, repeats=2: None)
     monkeypatch.setattr(distributed, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(distributed, "GRACE_SECONDS", 1.0)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,9 +1,11 @@
 """What is pruned in every family, and along which axis: written down by hand from each family's modelling code."""
 
 import copy
+import functools
 import re
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -32,16 +34,8 @@ LAYOUTS = {
     "mixtral": EXPERTS,
     "qwen3_moe": EXPERTS,
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.randint(0, 250, (4, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads of matrices this small only wait for each other, and for minutes where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def input_axis(family: str, param: Tensor) -> int:
@@ -62,9 +56,7 @@ def prunable(family: str, model: nn.Module) -> set[str]:
     return {name if name in parameters else f"{name}.weight" for name in names}
 
 
-def pruned_copy(model: nn.Module, **options):
-    model = copy.deepcopy(model)
-    return model, prune(model, calibration=TOKENS, **options)
+pruned_copy = functools.partial(tiny.pruned_copy, tokens=TOKENS)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4"])

@@ -1,21 +1,18 @@
 """Kept gradients of gblm: runs that read them give the same bits, and nothing stale is ever read."""
 
-import copy
+import functools
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import pruned_copy
 
-import wandapp
 from wandapp import WandappError
 
 TOKENS = torch.randint(300, (4, 16), generator=torch.Generator().manual_seed(1))
 
 
-def pruned(model, **options):
-    """(pruned copy of the model, report)."""
-    model = copy.deepcopy(model)
-    return model, wandapp.prune(model, calibration=TOKENS, method=options.pop("method", "gblm"), **options)
+pruned = functools.partial(pruned_copy, tokens=TOKENS, method="gblm")
 
 
 def entries(folder: Path) -> list[Path]:

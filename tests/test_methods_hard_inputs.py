@@ -1,20 +1,17 @@
 """Exact sparsity after every method, and inputs that are hard: NaN, singular Hessians, experts without tokens, batches."""
 
-import copy
-import importlib.util
-from pathlib import Path
+import functools
 
+import oracle
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
 from wandapp.pipeline import prune
 from wandapp.verify import verify_model
 
-_SPEC = importlib.util.spec_from_file_location("wandapp_tests_oracle", Path(__file__).with_name("oracle.py"))
-oracle = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(oracle)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = [
     *("magnitude", "wanda", "wanda-cumulative", "sparsegpt", "admm", "gblm", "rgs"),
     *("magnitude+ro", "wanda+ro", "gblm+ro", "rgs+ro", "sparsegpt+ro", "admm+ro"),
@@ -25,19 +22,7 @@ def calibration(samples: int = 4, seq_len: int = 24) -> Tensor:
     return torch.randint(0, 250, (samples, seq_len), generator=torch.Generator().manual_seed(0))
 
 
-def pruned_copy(model, tokens: Tensor, **options):
-    model = copy.deepcopy(model)
-    report = prune(model, calibration=tokens, **dict(preset="paper") | options)
-    return model, report
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads of matrices this small only wait for each other, and for minutes where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pruned_copy = functools.partial(tiny.pruned_copy, preset="paper")
 
 
 @pytest.fixture

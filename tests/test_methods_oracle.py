@@ -5,20 +5,16 @@ Rounding may only swap scores that are almost equal: a test states how many weig
 """
 
 import copy
-import importlib.util
+import functools
 import itertools
-from pathlib import Path
 
+import oracle
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
-from wandapp.pipeline import prune
-
-_SPEC = importlib.util.spec_from_file_location("wandapp_tests_oracle", Path(__file__).with_name("oracle.py"))
-oracle = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(oracle)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE = {"llama": dict(intermediate_size=320), "gpt2": dict(n_inner=320)}  # wider than SparseGPT's 128-column blocks
 SAMPLES, SEQ_LEN = 4, 24  # 96 tokens: fewer than 320 inputs, more than 64
 GAP, GRADIENT_GAP = 1e-5, 1e-4
@@ -28,10 +24,7 @@ def calibration(samples: int = SAMPLES, seq_len: int = SEQ_LEN) -> Tensor:
     return torch.randint(0, 250, (samples, seq_len), generator=torch.Generator().manual_seed(0))
 
 
-def pruned_copy(model, tokens: Tensor, **options):
-    model = copy.deepcopy(model)
-    report = prune(model, calibration=tokens, **dict(preset="paper") | options)
-    return model, report
+pruned_copy = functools.partial(tiny.pruned_copy, preset="paper")
 
 
 def on_tested_path(dense, tested, tokens):
@@ -92,15 +85,6 @@ def gblm_scores(model_gradients: list, alpha: float):
         }
 
     return scores
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads of matrices this small only wait for each other, and for minutes where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["llama", "gpt2"])

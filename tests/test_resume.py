@@ -8,11 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
+from tiny import write_gguf
 
 from wandapp import shards
 from wandapp.config import PruneConfig
@@ -22,6 +21,7 @@ from wandapp.models import load_model, save_pruned
 from wandapp.output import locked, partial_of
 from wandapp.pipeline import prune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {
     "magnitude": {"sparsity": "0.5"},
     "wanda-cumulative": {"sparsity": "0.5"},
@@ -36,14 +36,6 @@ METHODS = {
         "activations": "disk",
     },
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -157,39 +149,6 @@ def test_every_method_resumes_to_the_same_bits_streamed_or_not(method, recipe, t
         prune_checkpoint(streamed, resume=True, on_progress=stop_after(2))  # goes on streamed ...
     prune_checkpoint(config, resume=True)  # ... and in memory again
     assert_same(tensors(config.out), in_memory(config, tmp_path / "reference"))
-
-
-def write_gguf(path: Path, model: torch.nn.Module) -> None:
-    """A tiny Llama whose linear maps are in blocks of 8 bits."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    for add, value in (
-        (writer.add_name, "tiny"),
-        (writer.add_context_length, 512),
-        (writer.add_embedding_length, 64),
-        (writer.add_block_count, 3),
-        (writer.add_feed_forward_length, 128),
-        (writer.add_head_count, 4),
-        (writer.add_head_count_kv, 2),
-        (writer.add_layer_norm_rms_eps, 1e-6),
-        (writer.add_rope_dimension_count, 16),
-        (writer.add_vocab_size, 300),
-        (writer.add_tokenizer_model, "gpt2"),
-        (writer.add_token_list, [*sorted(ByteLevel.alphabet()), "<s>", "</s>", "th", *(f"<{i}>" for i in range(41))]),
-        (writer.add_token_merges, ["t h"]),
-        (writer.add_token_types, [1] * 300),
-        (writer.add_bos_token_id, 256),
-        (writer.add_eos_token_id, 257),
-    ):
-        add(value)
-    names, kind = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3), gguf.GGMLQuantizationType.Q8_0
-    for name, value in model.state_dict().items():
-        stem, _, suffix = name.rpartition(".")
-        packed = {"tensor": gguf.quantize(value.numpy(), kind), "raw_dtype": kind} if "_proj" in name else {}
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", **({"tensor": value.numpy()} | packed))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_gguf_streamed_stopped_and_resumed_equals_in_memory(tiny_model, recipe, tmp_path):
@@ -384,7 +343,8 @@ def test_real_full_disk_is_one_sentence(recipe, tmp_path):
 def test_leftovers_of_another_command_are_no_run_to_resume(recipe):
     """Packing and saving leave files of the same names when they are killed."""
     partial = partial_of(recipe().out)
-    partial.mkdir()
+    (partial / "wandapp").mkdir(parents=True)
+    (partial / "wandapp" / "lock").touch()
     (partial / "model-00001-of-00002.safetensors").touch()
     prune_checkpoint(recipe())
     assert not partial.exists()

@@ -3,6 +3,10 @@
 A test gets them as the fixtures `tiny_model`, `tiny_tokenizer` and `tiny_family` (conftest.py).
 """
 
+import copy
+from pathlib import Path
+
+import gguf
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -10,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from wandapp.blocks import find_blocks, find_linears
 from wandapp.kernels.select import select_nm, select_rows
 from wandapp.pattern import SparsityPattern
+from wandapp.pipeline import prune
+from wandapp.report import PruneReport
 
 HIDDEN, FFN, BLOCKS, VOCAB = 64, 128, 3, 300
 
@@ -80,6 +86,12 @@ def tiny_model(family: str, seed: int = 0, **overrides) -> tuple[torch.nn.Module
     return model, config
 
 
+def pruned_copy(model: torch.nn.Module, tokens: torch.Tensor, **options) -> tuple[torch.nn.Module, PruneReport]:
+    """(pruned copy of the model, report), calibrated on token ids [samples, seq_len]."""
+    model = copy.deepcopy(model)
+    return model, prune(model, calibration=tokens, **options)
+
+
 def prune_by_magnitude(model: torch.nn.Module, sparsity: str) -> None:
     """Every linear map of the decoder blocks to the pattern, in place: the quickest pruned model."""
     pattern = SparsityPattern.parse(sparsity)
@@ -105,3 +117,39 @@ def tiny_tokenizer(*, add_bos: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", name_or_path="tiny-byte-level"
     )
+
+
+def write_gguf(path: Path, model: torch.nn.Module) -> None:
+    """A tiny Llama whose linear maps are in blocks of 8 bits."""
+    writer, alphabet = gguf.GGUFWriter(str(path), "llama"), pre_tokenizers.ByteLevel.alphabet()
+    for add, value in (
+        (writer.add_name, "tiny"),
+        (writer.add_context_length, 512),
+        (writer.add_embedding_length, 64),
+        (writer.add_block_count, 3),
+        (writer.add_feed_forward_length, 128),
+        (writer.add_head_count, 4),
+        (writer.add_head_count_kv, 2),
+        (writer.add_layer_norm_rms_eps, 1e-6),
+        (writer.add_rope_dimension_count, 16),
+        (writer.add_vocab_size, 300),
+        (writer.add_tokenizer_model, "gpt2"),
+        (
+            writer.add_token_list,
+            [*sorted(alphabet), "<s>", "</s>", "th", *(f"<{i}>" for i in range(41))],
+        ),
+        (writer.add_token_merges, ["t h"]),
+        (writer.add_token_types, [1] * 300),
+        (writer.add_bos_token_id, 256),
+        (writer.add_eos_token_id, 257),
+    ):
+        add(value)
+    names, kind = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3), gguf.GGMLQuantizationType.Q8_0
+    for name, value in model.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        packed = {"tensor": gguf.quantize(value.numpy(), kind), "raw_dtype": kind} if "_proj" in name else {}
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", **({"tensor": value.numpy()} | packed))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
