@@ -15,6 +15,7 @@ FLOORS = {
     "wandapp.errors": 0,  # any floor may raise
     "wandapp.kernels": 1,
     "wandapp.memory": 2,
+    "wandapp.stop": 2,
     "wandapp.yaml_file": 2,
     "wandapp.pattern": 2,
     "wandapp.options": 2,

@@ -11,6 +11,7 @@ from typer.main import get_command
 
 from wandapp.console import Verbosity, fail, set_verbosity, speaks_for_all, verbosity
 from wandapp.errors import Interrupted, WandappError
+from wandapp.stop import Stoppable
 
 EXIT_CODES = """\b
 Exit codes:
@@ -58,7 +59,8 @@ def run(app: typer.Typer) -> None:
     """Run the command line with the arguments of this process, and leave with its exit code."""
     set_verbosity(Verbosity.NORMAL)
     try:
-        code = complete(app)(prog_name="wandapp", standalone_mode=False)
+        with Stoppable(lambda name: KeyboardInterrupt()):
+            code = complete(app)(prog_name="wandapp", standalone_mode=False)
     except WandappError as error:
         _explain(error)
         sys.exit(2)
@@ -69,10 +71,10 @@ def run(app: typer.Typer) -> None:
     except typer.TyperException as error:
         _refuse(error)
         sys.exit(error.exit_code)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         code = 130
     if code == 130:  # what a shell calls SIGINT
-        fail("interrupted; an unfinished output was removed")
+        fail("interrupted; no unfinished output is left")
         sys.exit(3)
     sys.exit(code or 0)
 

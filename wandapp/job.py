@@ -1,10 +1,7 @@
 """One pruning job from checkpoint to checkpoint: in memory or streamed, and resumable either way."""
 
 import json
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from wandapp.pipeline import prune_store
 from wandapp.report import Progress, PruneReport, block_figures, json_ready
 from wandapp.run_folder import RunFolder
 from wandapp.shard_store import ShardStore
+from wandapp.stop import Stoppable
 from wandapp.store import ModelStore
 
 GGUF_GROWTH = 8  # fp32 bytes per byte of a 4-bit file, roughly
@@ -52,12 +50,15 @@ def prune_checkpoint(
             raise WandappError(f"prune needs {name}; give it, e.g. {example}")
     config = config.resolved()
     methods.resolve(config.method)
-    with _stoppable(), join(resolve_device(config.device)) as ranks:
+    with join(resolve_device(config.device)) as ranks:
         run = RunFolder(config, resume=resume, ranks=ranks)
         if ranks.first(lambda: resume and run.is_complete()):
             say(f"{config.out} is complete; there is nothing to resume")
             return PruneReport.read(Path(config.out) / "wandapp" / "report.json")
-        with run:
+        with (
+            run,
+            Stoppable(lambda name: Interrupted(f"interrupted by {name}")),
+        ):  # at any moment: files are whole or absent
             return _prune(config, run, ranks, on_progress, say)
 
 
@@ -135,21 +136,3 @@ def open_skeleton(config: PruneConfig) -> nn.Module:
 
 def _gguf_dtype(config: PruneConfig) -> torch.dtype:
     return torch.float32 if config.dtype == "auto" else resolve_dtype(config.dtype)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted. Any moment is a safe one: a block's file is whole or absent."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number, frame):
-        raise Interrupted(f"interrupted by {signal.Signals(number).name}")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
