@@ -35,6 +35,7 @@ class GBLM(Method):
     def __init__(self, config: PruneConfig, ranks: Ranks):
         super().__init__(config, ranks)
         self._sums: dict[str, Tensor] = {}
+        self._read: dict[str, Tensor] = {}  # the same from a cache, whose memory is not ours to give back
         self._note: str | None = None  # for the first block's record
 
     def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
@@ -49,7 +50,7 @@ class GBLM(Method):
                 flops = self._accumulate(store, tokens, hidden)
                 cache.write(self._sums)
                 return flops
-        self._sums = found
+        self._read = found
         self._note = f"gblm: the dense model's gradients were read from {cache.path}; this run's time is without them"
         return 0.0
 
@@ -121,8 +122,11 @@ class GBLM(Method):
         super().apply(block, measured, pattern, record)
 
     def terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
-        if view.name not in self._sums:  # an expert that no token of the dense model reached has no gradient
+        total = self._sums.get(view.name, self._read.get(view.name))
+        if total is None:  # an expert that no token of the dense model reached has no gradient
             return ScoreTerms(measured.column_norm(view))
-        mean = measured.reordered(view.name, self._sums[view.name]).to(view.weight.device) / measured.samples
+        mean = measured.reordered(view.name, total).to(view.weight.device) / measured.samples
+        if view.name in self._sums:
+            drop_pages(total)  # else those of every block end in memory
         gradient = mean if self.config.gblm_norm == "l1" else mean.sqrt_()
         return ScoreTerms(measured.column_norm(view), gradient, self.config.alpha * math.sqrt(measured.samples))
