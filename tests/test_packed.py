@@ -1,6 +1,7 @@
 """Packed checkpoints: bit-exact round trips, small memory, and one sentence about every kind of damage."""
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -513,8 +514,14 @@ packing.pack_checkpoint({str(folder)!r}, {str(tmp_path / "packed")!r},
 
 
 def test_what_a_killed_unpack_left_does_not_stop_the_next(tmp_path, pruned_checkpoint):
-    _packed(pruned_checkpoint("llama", "2:4")[1], tmp_path / "packed")
-    (tmp_path / "dense.partial").mkdir()
-    (tmp_path / "dense.partial" / "model-00001-of-00004.safetensors").write_bytes(b"half a file")
+    """Nor where the pruning run, whose files come along, could have been resumed."""
+    shutil.copytree(pruned_checkpoint("llama", "2:4")[1], tmp_path / "pruned")
+    (tmp_path / "pruned" / "wandapp" / "run.json").write_text("{}")
+    _packed(tmp_path / "pruned", tmp_path / "packed")
+    child = os.fork()
+    if not child:
+        unpack_checkpoint(tmp_path / "packed", tmp_path / "dense", on_progress=lambda *_: os._exit(9))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(list((tmp_path / "dense.partial").glob("model-*"))) == 1
     unpack_checkpoint(tmp_path / "packed", tmp_path / "dense")
     assert load_model(tmp_path / "dense") and not (tmp_path / "dense.partial").exists()

@@ -28,7 +28,8 @@ from wandapp.kernels.semi_structured import cutlass_layout
 from wandapp.models import fill_skeleton, resolve_device, resolve_dtype, skeleton
 from wandapp.output import output_folder
 from wandapp.packed import PackedCheckpoint
-from wandapp.packing import Progress, copy_companions, pack_checkpoint, write_dense_index, write_shards
+from wandapp.packing import Progress, copy_companions, pack_checkpoint, write_shards
+from wandapp.shards import write_index
 from wandapp.weight_files import TensorFiles, is_packed
 
 STATE = "wandapp/torch-2of4.json"
@@ -94,7 +95,7 @@ def _export(
     with output_folder(out, overwrite, checkpoint.folder) as partial:
         copy_companions(checkpoint.folder, partial)
         shards = [_shard(groups[path], checkpoint, compressed, dtype, summary) for path in sorted(groups)]
-        write_dense_index(partial, write_shards(partial, "model", shards, on_progress), summary.exported_bytes)
+        write_index(partial, write_shards(partial, "model", shards, on_progress))
         state = TorchState(compressed=sorted(compressed), left_dense=summary.left_dense)
         (partial / STATE).write_text(state.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return summary

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -113,8 +113,9 @@ def output_folder(out: str | Path, overwrite: bool = False, source: str | Path |
                 clear(partial)
                 yield partial
                 put_in_place(partial, Path(out))
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            except BaseException:  # after success OUT.partial is gone, or already the next run's
+                discard(partial)
+                raise
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own class
         raise WandappError(f"{out}: the checkpoint could not be written ({error}); choose another --out") from error
 
@@ -123,9 +124,15 @@ def output_folder(out: str | Path, overwrite: bool = False, source: str | Path |
 def locked(partial: Path, out: str | Path) -> Iterator[None]:
     """Holds the lock of OUT.partial, which is made where it is missing.
 
-    raises  WandappError where another process holds it
+    raises  WandappError where another process holds it, or that folder is not one that wandapp made: it will be cleared
     """
     path = partial / LOCK
+    files = (found for found in partial.rglob("*") if not found.is_dir())
+    if partial.is_symlink() or partial.is_dir() and not path.exists() and any(files):
+        raise WandappError(
+            f"{partial}: unfinished output belongs there, and wandapp did not write what is there; move it, or choose "
+            "another --out"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -153,6 +160,13 @@ def clear(partial: Path) -> None:
     for path in (*partial.iterdir(), *(partial / "wandapp").iterdir()):
         if path not in (partial / "wandapp", partial / LOCK):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def discard(partial: Path) -> None:
+    """Remove OUT.partial, its lock last: what a kill in between leaves is still known as ours."""
+    with suppress(OSError):
+        clear(partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_files(folder: Path, files: dict[str, str]) -> None:

@@ -24,7 +24,7 @@ from wandapp.blocks import LinearView
 from wandapp.errors import WandappError
 from wandapp.kernels.pack import Packed, bitmask_fault, unpack
 from wandapp.pattern import SparsityPattern
-from wandapp.weight_files import DTYPES, PACKED_MANIFEST, TensorFiles
+from wandapp.weight_files import DTYPES, PACKED_MANIFEST, TensorFiles, refuse_special_files
 
 FORMAT = "wandapp-packed"
 VERSIONS = {"same": 1, "int8": 2}  # by storage of the linear maps: who reads version 1 alone reads all but int8
@@ -90,7 +90,7 @@ class PackedCheckpoint:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        _refuse_special_files(self.folder)
+        refuse_special_files(self.folder)
         manifest = _read_manifest(self.folder / PACKED_MANIFEST)
         self.pattern = SparsityPattern.parse(manifest.pattern)
         self.files = TensorFiles(self._path_of(name) for name in manifest.files)
@@ -207,15 +207,6 @@ class PackedCheckpoint:
             if found != dtype or (len(shape) != 1 if expected is None else shape != expected):
                 size = "[number of weights]" if expected is None else list(expected)
                 raise WandappError(f"{self.folder}: {part} must be {dtype} {size}, got {found} {list(shape)}")
-
-
-def _refuse_special_files(folder: Path) -> None:
-    """Reading a pipe or a device may never end, whichever of config, tokenizer and weights it takes the place of."""
-    for path in [*folder.glob("*"), *(folder / "wandapp").glob("*")]:
-        if not path.is_file() and not path.is_dir():
-            raise WandappError(
-                f"{path}: neither a file nor a folder (or a link to nothing); fetch the checkpoint again"
-            )
 
 
 def _read_manifest(path: Path) -> Manifest:

@@ -21,12 +21,15 @@ from wandapp.kernels.pack import Packed, pack
 from wandapp.kernels.pack.int8 import relative_error, to_int8
 from wandapp.memory import give_back
 from wandapp.models import skeleton
-from wandapp.output import output_folder
+from wandapp.output import LOCK, MANIFEST, output_folder
 from wandapp.packed import FORMAT, VERSIONS, Manifest, PackedCheckpoint, PackedLinear
 from wandapp.pattern import SparsityPattern
+from wandapp.shards import write_index
 from wandapp.weight_files import PACKED_MANIFEST, TensorInfo, checkpoint_tensors
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+# Of the folder they lie in alone. A copied run manifest would make what a killed unpack left look like a run to resume.
+_OWN_FILES = {PACKED_MANIFEST, MANIFEST, LOCK}
 
 
 @dataclass
@@ -100,8 +103,8 @@ def pack_checkpoint(
     source = Path(source)
     if storage not in VERSIONS:
         raise WandappError(f"unknown storage {storage!r}; {nearest(storage, VERSIONS)}")
-    pattern, skip = _what_was_pruned(source, sparsity, skip)
     files = checkpoint_tensors(source)
+    pattern, skip = _what_was_pruned(source, sparsity, skip)
     model = skeleton(source, max_blocks=len(files.infos))
     with output_folder(out, overwrite, source) as partial:
         copy_companions(source, partial)
@@ -127,12 +130,12 @@ def write_packed(
     plan = _Plan.of(model, tensors, pattern, skip, place)
     summary = PackSummary(str(pattern), storage)
     packed = [_packed_group(group, plan, tensors, pattern, summary) for group in plan.groups]
-    names = write_shards(folder, "packed", packed, on_progress)
+    written = write_shards(folder, "packed", packed, on_progress)
     manifest = Manifest(
         format=FORMAT,
         version=VERSIONS[storage],
         pattern=str(pattern),
-        files=list(names),
+        files=[path.name for path in written],
         linears=plan.entries,
         dense=plan.dense,
     )
@@ -146,24 +149,15 @@ def write_packed(
 Shard = Iterable[tuple[str, Tensor]]
 
 
-def write_shards(
-    folder: Path, stem: str, shards: Sequence[Shard], on_progress: Progress | None = None
-) -> dict[str, list[str]]:
-    """One safetensors file per shard, each made when it is written; names of their tensors by file."""
-    written: dict[str, list[str]] = {}
+def write_shards(folder: Path, stem: str, shards: Sequence[Shard], on_progress: Progress | None = None) -> list[Path]:
+    """One safetensors file per shard, each made when it is written; the files."""
+    written = []
     for done, shard in enumerate(shards, start=1):
-        name = f"{stem}-{done:05}-of-{len(shards):05}.safetensors"
-        written[name] = _save(shard, folder / name)
+        written.append(folder / f"{stem}-{done:05}-of-{len(shards):05}.safetensors")
+        _save(shard, written[-1])
         if on_progress:
             on_progress(done, len(shards))
     return written
-
-
-def write_dense_index(folder: Path, files: dict[str, list[str]], total_bytes: int) -> None:
-    """The index that tells transformers which tensor lies in which file."""
-    weight_map = {tensor: file for file, tensors in files.items() for tensor in tensors}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 class Layout(NamedTuple):
@@ -311,14 +305,12 @@ def _count_negative_zeros(weight: Tensor) -> int:
     return int(torch.count_nonzero(bits == torch.iinfo(bits.dtype).min))  # the sign bit alone
 
 
-def _save(tensors: Shard, path: Path) -> list[str]:
-    """One file; its names. Tensors are dropped at the end of this function, and glibc would keep their memory for later."""
+def _save(tensors: Shard, path: Path) -> None:
+    """One file. Tensors are dropped at the end of this function, and glibc would keep their memory for later."""
     held = dict(tensors)
     save_file(held, path, metadata={"format": "pt"})
-    names = list(held)
     held.clear()
     give_back()
-    return names
 
 
 def _what_was_pruned(source: Path, sparsity, skip) -> tuple[SparsityPattern, tuple[str, ...]]:
@@ -345,7 +337,7 @@ def copy_companions(source: Path, target: Path) -> None:
     for path in sorted([*source.iterdir(), *(source / "wandapp").glob("*")]):
         place = path.relative_to(source)
         is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not is_weights and place != Path(PACKED_MANIFEST):
+        if path.is_file() and not is_weights and str(place) not in _OWN_FILES:
             (target / place).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target / place)
     card = target / "README.md"
@@ -370,8 +362,7 @@ def unpack_checkpoint(
     with output_folder(out, overwrite, packed) as partial:
         copy_companions(checkpoint.folder, partial)
         shards = [_unpacked_group(groups[path], checkpoint, summary) for path in sorted(groups)]
-        files = write_shards(partial, "model", shards, on_progress)
-        write_dense_index(partial, files, summary.dense_bytes)
+        write_index(partial, write_shards(partial, "model", shards, on_progress))
     return summary
 
 

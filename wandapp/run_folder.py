@@ -32,6 +32,7 @@ from wandapp.output import (
     MANIFEST,
     check_output,
     clear,
+    discard,
     locked,
     partial_of,
     put_in_place,
@@ -76,7 +77,7 @@ class RunFolder:
     def __exit__(self, kind, error, trace) -> None:
         self._writer.shutdown()
         if self.ranks.is_first and self.partial.is_dir() and not self._count():
-            shutil.rmtree(self.partial, ignore_errors=True)
+            discard(self.partial)
         self._lock.close()
         if kind is Interrupted:
             error.args = (self._how_to_go_on(f"{error}; "),)

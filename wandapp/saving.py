@@ -19,11 +19,11 @@ from wandapp.packing import (
     PackSummary,
     add_recipe,
     block_groups,
-    write_dense_index,
     write_packed,
     write_shards,
 )
 from wandapp.pattern import SparsityPattern
+from wandapp.shards import write_index
 from wandapp.weight_files import TensorInfo
 
 
@@ -92,8 +92,7 @@ def _write_dense(folder: Path, tensors: "_ModelTensors", pattern: SparsityPatter
             yield name, tensor
 
     groups = block_groups(tensors.skeleton, tensors.homes, tensors)
-    files = write_shards(folder, "model", [shard(group) for group in groups])
-    write_dense_index(folder, files, summary.dense_bytes)
+    write_index(folder, write_shards(folder, "model", [shard(group) for group in groups]))
     return summary
 
 

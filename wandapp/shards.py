@@ -19,20 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wandapp.errors import WandappError
+from wandapp.weight_files import DTYPES, read_header
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class StoredTensor(NamedTuple):
@@ -57,10 +46,14 @@ class ShardReader:
     def __init__(self, paths: Iterable[Path]):
         self.tensors: dict[str, StoredTensor] = {}
         for path in paths:
-            for name, stored in _directory(path).items():
+            header, start = read_header(path)
+            for name, entry in header.items():
                 if name in self.tensors:
                     raise WandappError(f"{path}: the tensor {name} is also in {self.tensors[name].path.name}")
-                self.tensors[name] = stored
+                if entry["dtype"] not in DTYPES:
+                    raise WandappError(f"{path}: {name} has the type {entry['dtype']}, which wandapp does not read")
+                place = start + entry["data_offsets"][0]
+                self.tensors[name] = StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), place)
 
     def read(self, name: str) -> Tensor:
         """The tensor in memory of its own."""
@@ -75,27 +68,6 @@ class ShardReader:
         except EOFError:
             raise WandappError(f"{stored.path}: shorter than it was when the run began; fetch it again") from None
         return tensor
-
-
-def _directory(path: Path) -> dict[str, StoredTensor]:
-    """Where each tensor of one file is, after safetensors' own check that header and bytes agree."""
-    try:
-        with safe_open(path, framework="pt"), open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise WandappError(f"{path}: corrupt or incomplete safetensors file ({reason}); fetch it again") from None
-    header.pop("__metadata__", None)
-    found = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise WandappError(
-                f"{path}: {name} has the type {entry['dtype']}, which wandapp does not stream; use --no-stream"
-            )
-        start = 8 + length + entry["data_offsets"][0]
-        found[name] = StoredTensor(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]), start)
-    return found
 
 
 def shard_metadata(path: Path) -> dict[str, str]:

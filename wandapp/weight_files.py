@@ -6,6 +6,7 @@ Nothing here follows a name out of the folder, unpickles, or takes memory for wh
 import json
 import math
 import re
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -53,16 +54,12 @@ class TensorFiles:
     def __init__(self, paths: Iterable[Path]):
         self.infos: dict[str, TensorInfo] = {}
         for path in paths:
-            with _readable(path), safe_open(path, framework="pt") as file:  # the header must describe the file's bytes
-                for name in file.keys():
-                    if not re.fullmatch("[!-~]{1,300}", name):
-                        raise WandappError(f"{path}: a tensor is named {name[:80]!r}; names are printable ASCII")
-                    if name in self.infos:
-                        raise WandappError(
-                            f"{path}: the tensor {shorten(name)} is also in {self.infos[name].path.name}"
-                        )
-                    part = file.get_slice(name)
-                    self.infos[name] = TensorInfo(path, part.get_dtype(), tuple(part.get_shape()))
+            for name, entry in read_header(path)[0].items():
+                if not re.fullmatch("[!-~]{1,300}", name):
+                    raise WandappError(f"{path}: a tensor is named {name[:80]!r}; names are printable ASCII")
+                if name in self.infos:
+                    raise WandappError(f"{path}: the tensor {shorten(name)} is also in {self.infos[name].path.name}")
+                self.infos[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]))
 
     def read(self, name: str) -> Tensor:
         """The tensor, mapped from its file: memory is only taken for what is looked at, until it is dropped."""
@@ -89,6 +86,34 @@ class _readable:
             raise WandappError(f"{self.path}: corrupt or incomplete ({reason}); fetch or pack it again") from None
 
 
+def read_header(path: Path) -> tuple[dict[str, dict], int]:
+    """A safetensors file's header, {name: {"dtype", "shape", "data_offsets"}}, and where the tensors' bytes begin.
+
+    raises  WandappError where header and bytes disagree, by safetensors' own check, or a name comes twice
+    """
+
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise WandappError(f"{path}: its header names {shorten(repr(name))} twice; fetch it again")
+            seen.add(name)
+        return dict(pairs)
+
+    with _readable(path), safe_open(path, framework="pt"), open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length), object_pairs_hook=once)
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def refuse_special_files(place: Path) -> None:
+    """Raise where `place`, or what lies in that folder, is a pipe or a device: reading it may never end."""
+    for path in [place, *place.glob("*"), *place.glob("wandapp/*")]:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise WandappError(f"{path}: neither a file nor a folder; fetch the checkpoint again")
+
+
 def is_packed(folder: str | Path) -> bool:
     """Whether `folder` holds a packed checkpoint, which `load_model` refuses and `wandapp.load_sparse` reads."""
     return (Path(folder) / PACKED_MANIFEST).is_file()
@@ -105,6 +130,7 @@ def checkpoint_tensors(folder: Path) -> TensorFiles:
     raises  WandappError on a folder without config.json or safetensors, a pickled or packed checkpoint, an index that
             leaves the folder or disagrees with the files, a file that is cut short, a tensor that comes twice
     """
+    refuse_special_files(folder)
     if not (folder / "config.json").is_file():
         raise WandappError(f"{folder}: a model folder holds config.json, and this one does not; check the path")
     read_json(folder / "config.json", "the model's configuration")
