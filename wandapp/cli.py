@@ -84,16 +84,12 @@ def prune_command(
     recipe = (PruneConfig.from_yaml(config, **options) if config else PruneConfig(**options)).resolved()
     if plan:
         return show_plan(recipe, output)
-    packed = cli_packed.check_packed_output(recipe) if pack else None
+    packed, replaces = cli_packed.check_packed_output(recipe, resume) if pack else (None, False)
     cli_hub.check_push(push_to_hub)
     report = run_recipe(recipe, output, track or (), resume=resume)
     if not speaks_for_all():
         return
-    sizes = (
-        {"packed": cli_packed.pack_and_show(Path(recipe.out), packed, output, overwrite=recipe.overwrite)}
-        if pack
-        else {}
-    )
+    sizes = {"packed": cli_packed.pack_and_show(Path(recipe.out), packed, output, overwrite=replaces)} if packed else {}
     pushed = cli_hub.push_and_show(recipe.out, push_to_hub, private, output)
     output.finish({"model": recipe.model, "out": recipe.out, **report.to_dict(), **sizes, **pushed})
 
@@ -189,8 +185,9 @@ def verify_command(
     """Check that every linear map holds the pattern; exit 1 and name the first place where one does not."""
     from wandapp.models import load_model
     from wandapp.verify import verify_model, verify_packed
-    from wandapp.weight_files import is_packed
+    from wandapp.weight_files import is_packed, refuse_special_files
 
+    refuse_special_files(folder)
     output, path = Output(json_only), folder / "wandapp" / "recipe.yaml"
     recipe = PruneConfig.from_yaml(path) if sparsity is None or path.is_file() else None
     if recipe and sparsity is None:

@@ -54,15 +54,20 @@ def pack_and_show(
     return _show(summary, out, output)
 
 
-def check_packed_output(recipe: Any) -> Path | None:
-    """Where `prune --pack` writes the packed form, after a check that it can."""
+def check_packed_output(recipe: Any, resume: bool) -> tuple[Path | None, bool]:
+    """Where `prune --pack` writes the packed form, after a check that it can, and whether it replaces what is there.
+
+    A run that was killed after its last rename and is resumed finds its own packed form; it is made again.
+    """
     from wandapp.output import check_output
 
     if recipe.out is None:
-        return None  # pruning will say that it needs one
-    packed = Path(f"{recipe.out}-packed")
-    check_output(packed, recipe.overwrite, recipe.model)
-    return packed
+        return None, False  # pruning will say that it needs one
+    out, packed = Path(recipe.out), Path(f"{recipe.out}-packed")
+    recipes = [folder / "wandapp" / "recipe.yaml" for folder in (out, packed)]
+    is_own = resume and all(file.is_file() for file in recipes) and recipes[0].read_bytes() == recipes[1].read_bytes()
+    check_output(packed, recipe.overwrite or is_own, recipe.model)
+    return packed, recipe.overwrite or is_own
 
 
 @commands.command("unpack")
