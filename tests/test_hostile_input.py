@@ -1,216 +1,59 @@
 """Hostile and broken files: exit code 2, one sentence that says where and what to do, nothing written, no traceback.
 
-Each case makes one thing wrong in an otherwise good folder and runs the real entry point on it. The folder holds `tiny`, a
-checkpoint; `pruned`, the same after pruning; `packed`, that packed; `words.txt` and `ids.npy`, good calibration files.
+Each case makes one thing wrong in an otherwise good folder (tests/hostile.py) and runs the real entry point on it.
 """
 
 import gzip
 import json
 import os
-import pickle
-import resource
 import shutil
 import struct
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pytest
 import torch
-from pyarrow import parquet
-from safetensors.torch import load_file, save_file
-
-from wandapp import save_pruned
-
-SHORT = "--samples 2 --seq-len 16"
-PYDOC = f"--calibration pydoc {SHORT}"
-PRUNE = f"prune tiny --out out {PYDOC}"
-MIB_AT_MOST = 600  # that a case may add to the resident memory of this process
-SECONDS_AT_MOST = 8.0
+from hostile import (
+    BY_RECIPE,
+    PRUNE,
+    PYDOC,
+    Q_PROJ,
+    SHORT,
+    array,
+    check_refusal,
+    config,
+    copy_of,
+    cut,
+    fill,
+    folder_instead,
+    gguf,
+    header,
+    index,
+    link,
+    make_originals,
+    manifest,
+    map_to,
+    npy_header,
+    pickled,
+    recipe,
+    table,
+    tensors,
+    twice,
+    write,
+)
+from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="module")
 def originals(tiny_model, tiny_tokenizer, pruned_checkpoint, tmp_path_factory) -> Path:
-    from wandapp.packing import pack_checkpoint
-
     folder = tmp_path_factory.mktemp("hostile")
-    save_pruned(tiny_model("llama")[0], tiny_tokenizer(), folder / "tiny", files={})
-    shutil.copytree(pruned_checkpoint("llama", "2:4")[1], folder / "pruned")
-    pack_checkpoint(folder / "pruned", folder / "packed")
-    (folder / "words.txt").write_text("The sea is deep and the sky is high. " * 50)
-    np.save(folder / "ids.npy", np.ones((2, 16), np.int64))
+    make_originals(folder, tiny_model("llama")[0], tiny_tokenizer(), pruned_checkpoint("llama", "2:4")[1])
     return folder
 
 
-# Ways to break a file -----------------------------------------------------------------------------------------------
-
-
-def write(name: str, content: str | bytes):
-    """The file `name`, with that content."""
-
-    def damage() -> None:
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).unlink(missing_ok=True)
-        Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
-
-    return damage
-
-
-def cut(name: str, keep: int):
-    """The file's first `keep` bytes; counted from its end where negative."""
-    return lambda: os.truncate(name, keep % os.path.getsize(name))
-
-
-def config(**fields):
-    """config.json of `tiny` with other fields; None removes one."""
-
-    def damage() -> None:
-        path = Path("tiny/config.json")
-        changed = json.loads(path.read_text()) | fields
-        path.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
-
-    return damage
-
-
-def tensors(edit, name: str = "tiny/model.safetensors"):
-    """The weights after `edit(dict)`."""
-
-    def damage() -> None:
-        weights = load_file(name)
-        edit(weights)
-        save_file(weights, name, metadata={"format": "pt"})
-
-    return damage
-
-
-def fill(name: str, value: float):
-    """One weight of tensor `name` set to `value`."""
-    return tensors(lambda weights: weights[name].view(-1)[7:8].fill_(value))
-
-
-def header(text: str | bytes, length: int | None = None):
-    """A safetensors file of that header alone."""
-    text = text.encode() if isinstance(text, str) else text
-    return write("tiny/model.safetensors", struct.pack("<Q", len(text) if length is None else length) + text)
-
-
-def index(edit):
-    """`tiny` in two shards, with `edit(index)` applied to its index file."""
-
-    def damage() -> None:
-        weights = load_file("tiny/model.safetensors")
-        names = sorted(weights)
-        halves = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
-        for file, half in halves.items():
-            save_file({name: weights[name] for name in half}, f"tiny/{file}", metadata={"format": "pt"})
-        os.remove("tiny/model.safetensors")
-        whole = {"metadata": {}, "weight_map": {name: file for file, half in halves.items() for name in half}}
-        Path("tiny/model.safetensors.index.json").write_text(json.dumps(edit(whole) or whole))
-
-    return damage
-
-
-def link(name: str, target: str):
-    """A symbolic link in the place of `name`."""
-
-    def damage() -> None:
-        if os.path.isdir(name):
-            shutil.rmtree(name)
-        elif os.path.lexists(name):
-            os.remove(name)
-        os.symlink(target, name)
-
-    return damage
-
-
-def folder_instead(name: str):
-    """A folder where the file `name` should be, which nobody can read (root reads any file)."""
-
-    def damage() -> None:
-        if os.path.exists(name):
-            os.remove(name)
-        os.mkdir(name)
-
-    return damage
-
-
-def pickled(name: str, remove: str = "tiny/model.safetensors"):
-    """Pickled weights, which would run code, in the place of `remove`."""
-
-    def damage() -> None:
-        class Bomb:
-            def __reduce__(self):
-                return os.mkdir, ("pickle-was-read",)
-
-        if os.path.exists(remove):
-            os.remove(remove)
-        Path(name).write_bytes(pickle.dumps(Bomb()))
-
-    return damage
-
-
-def twice(weights_index: dict) -> None:
-    """The second shard holds a tensor of the first once more."""
-    first = load_file("tiny/one.safetensors")
-    again = dict(list(first.items())[:1])
-    save_file(load_file("tiny/two.safetensors") | again, "tiny/two.safetensors", metadata={"format": "pt"})
-
-
-def map_to(file):
-    """The first tensor's file in the index is `file`."""
-
-    def edit(whole: dict) -> None:
-        whole["weight_map"][min(whole["weight_map"])] = file
-
-    return index(edit)
-
-
-def array(values, name: str = "bad.npy"):
-    return lambda: np.save(name, values, allow_pickle=True)
-
-
-def npy_header(shape: str):
-    text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-    return write("bad.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode() + b"\0" * 64)
-
-
-def table(**columns):
-    return lambda: parquet.write_table(pyarrow.table(columns), "bad.parquet")
-
-
-def recipe(text: str | bytes):
-    return write("recipe.yaml", text)
-
-
-def manifest(**fields):
-    path = Path("packed/wandapp/packed.json")
-    return lambda: path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def gguf(keep: int):
-    """The first `keep` bytes of a GGUF file of one tensor."""
-
-    def damage() -> None:
-        from gguf import GGUFWriter
-
-        writer = GGUFWriter("bad.gguf", "llama")
-        writer.add_block_count(1)
-        writer.add_tensor("token_embd.weight", np.zeros((64, 64), np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.truncate("bad.gguf", keep)
-
-    return damage
-
-
-Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 LOL = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
 GOOD_RECIPE = "calibration: pydoc\nsamples: 2\nseq_len: 16\n"
-BY_RECIPE = "prune tiny --out out --config recipe.yaml"
 
 
 def calibrated(name: str) -> str:
@@ -615,6 +458,7 @@ def unfinished(manifest_text: str | None, block: bytes | None = None):
 
     def damage() -> None:
         os.makedirs("out.partial/wandapp")
+        Path("out.partial/wandapp/lock").touch()
         weights = Path("tiny/model.safetensors").read_bytes() if block is None else block
         Path("out.partial/model-00001-of-00004.safetensors").write_bytes(weights)
         if manifest_text is not None:
@@ -699,35 +543,9 @@ CASES = RUNS | SWEEPS | WEIGHTS | CONFIGS | TOKENIZERS | TEXTS | RECIPES | OUTPU
 
 @pytest.fixture
 def place(originals, tmp_path, monkeypatch) -> Path:
-    """A fresh copy of the originals; the current directory."""
-    shutil.copytree(originals, tmp_path / "here")
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return tmp_path
-
-
-def snapshot(place: Path) -> dict[str, int]:
-    """Every path under `place`, with the time a file was last written; a lock that nobody holds is nothing."""
-    paths = (path for path in sorted(place.rglob("*")) if path.name != "lock")
-    return {str(path): path.lstat().st_mtime_ns * (not path.is_dir()) for path in paths}
+    return copy_of(originals, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_broken_input_gets_one_sentence_and_nothing_is_written(case, place, monkeypatch, capfd):
-    from wandapp import cli
-
-    damage, command, said = CASES[case]
-    damage()
-    before, peak, start = snapshot(place), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    monkeypatch.setattr(sys, "argv", ["wandapp", *command.split()])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    seconds, grown = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-    text, errors = capfd.readouterr()
-    assert caught.value.code == 2, errors
-    assert text == "" and "Traceback" not in errors
-    sentences = [line for line in errors.splitlines() if line.startswith("wandapp: ")]
-    assert sentences == errors.splitlines()[-1:] and len(sentences[0]) < 700
-    assert said in sentences[0]
-    assert snapshot(place) == before
-    assert grown < MIB_AT_MOST * 1024 and seconds < SECONDS_AT_MOST
+    check_refusal(*CASES[case], place, monkeypatch, capfd)

@@ -6,6 +6,7 @@ Imports transformers for its table of GGUF's tensor names and layouts.
 import json
 import mmap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from wandapp.errors import WandappError
 from wandapp.manifest import fingerprint
-from wandapp.models import load_tokenizer, quiet_transformers, save_companions
+from wandapp.models import LOAD_ERRORS, load_tokenizer, quiet_transformers, save_companions, why_not_loaded
 from wandapp.shards import write_index, write_shard
 
 _COMPLETE = "complete.json"
@@ -45,15 +46,25 @@ def convert_gguf(path: Path, folder: Path, dtype: torch.dtype) -> None:
 
 def gguf_skeleton(path: Path, dtype: torch.dtype) -> nn.Module:
     """The model that the file describes, every tensor on the meta device."""
-    with quiet_transformers():
+    with _read_from(path), quiet_transformers():
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
+@contextmanager
+def _read_from(path: Path) -> Iterator[None]:
+    """Turns what a damaged file makes its readers raise into one sentence."""
+    try:
+        yield
+    except LOAD_ERRORS as error:
+        raise WandappError(why_not_loaded(str(path), error)) from error
+
+
 def _parts(path: Path, model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
     """Tensors under transformers' names: those outside the blocks, then each block's."""
-    reader = GGUFReader(path)
+    with _read_from(path):
+        reader = GGUFReader(path)
     architecture = str(reader.fields["general.architecture"].contents())
     fields = model.config.to_dict()
     processor: TensorProcessor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=fields)

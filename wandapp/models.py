@@ -26,7 +26,14 @@ from wandapp.conversion import whole_parameters
 from wandapp.errors import WandappError, shorten
 from wandapp.hub import download
 from wandapp.output import output_folder, write_files
-from wandapp.weight_files import FLOATING, checkpoint_files, checkpoint_tensors, read_json, refuse_pickles
+from wandapp.weight_files import (
+    FLOATING,
+    checkpoint_files,
+    checkpoint_tensors,
+    read_json,
+    refuse_pickles,
+    refuse_special_files,
+)
 
 MAX_SHARD_SIZE = "5GB"  # small enough for every file system and for a download that resumes
 MAX_BUFFER_BYTES = 64 << 20  # of what a model computes from its config; rotary frequencies take a few kilobytes
@@ -35,7 +42,7 @@ _RANK_VARIABLES = (("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # which torc
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 # What the readers of a damaged file raise; anything else is a mistake of ours and keeps its traceback.
-_LOAD_ERRORS = (
+LOAD_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError, ImportError, ArithmeticError),
     *(MemoryError, AssertionError, struct.error, SafetensorError, StrictDataclassError),
 )
@@ -99,8 +106,8 @@ def _from_pretrained(reference: str, dtype: str | torch.dtype, **extra: Any) -> 
                 **options,
                 **extra,
             )
-        except _LOAD_ERRORS as error:
-            raise WandappError(_why_not_loaded(reference, error)) from error
+        except LOAD_ERRORS as error:
+            raise WandappError(why_not_loaded(reference, error)) from error
         _require_complete(reference, model, loading)
         if not extra:  # else the weights are not here yet
             require_finite(reference, model.state_dict())
@@ -224,6 +231,7 @@ def _packaged_smollm2() -> Path:
 
 def _require_gguf(path: Path) -> None:
     try:
+        refuse_special_files(path)
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
@@ -258,7 +266,8 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return resolved
 
 
-def _why_not_loaded(reference: str, error: Exception) -> str:
+def why_not_loaded(reference: str, error: Exception) -> str:
+    """One sentence about a checkpoint that raised one of LOAD_ERRORS."""
     reason = " ".join(str(error).split()) or type(error).__name__
     if Path(reference).expanduser().exists() or reference == "smollm2":
         return f"{reference}: cannot be loaded as a causal language model ({shorten(reason)}); check the checkpoint"
@@ -302,7 +311,7 @@ def _load_tokenizer(reference: str, place: str, gguf_file: str | None) -> Any | 
     options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True, **options)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         reason = shorten(" ".join(str(error).split()))
         raise WandappError(f"{reference}: the tokenizer cannot be loaded ({reason}); check its files") from error
 
@@ -332,8 +341,8 @@ def skeleton(folder: str | Path, *, dtype: torch.dtype | None = None, max_blocks
         return skeleton_of(config, dtype or config.dtype or torch.float32)
     except WandappError:
         raise
-    except _LOAD_ERRORS as error:
-        raise WandappError(_why_not_loaded(str(folder), error)) from error
+    except LOAD_ERRORS as error:
+        raise WandappError(why_not_loaded(str(folder), error)) from error
 
 
 def _refuse_large_counts(path: Path) -> None:
@@ -390,8 +399,8 @@ def fill_skeleton(model: nn.Module, folder: str | Path, tensors: Iterable[tuple[
     if (Path(folder) / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-        except _LOAD_ERRORS as error:
-            raise WandappError(_why_not_loaded(str(folder), error)) from error
+        except LOAD_ERRORS as error:
+            raise WandappError(why_not_loaded(str(folder), error)) from error
 
 
 @torch.no_grad()
