@@ -7,7 +7,8 @@ end, when embeddings and head are written. A block in work holds, for P weights 
     hidden states  N x T x hidden_size, again for the dense outputs that regional optimisation aims at
     statistics     sparsegpt, admm: H per distinct input, 4 in^2 bytes; of one input at a time its factorisation, 20 in^2,
                    and fp32 copies of the maps that it feeds
-                   rgs: 4 P bytes of squared gradients;  +ro: fp32 masters and optimiser state, 8 P, and three copies
+                   rgs: 4 P bytes of squared gradients;  +ro, +reconstruct: fp32 masters, gradients, the optimiser's
+                   state, and copies of the weights to go back to
     a forward      a few times tokens x width of the widest layers; with gradients, every layer's inputs and outputs
 
 The process itself, with its libraries, is measured, and LATER_BYTES is what they add once they compute.
@@ -28,6 +29,7 @@ from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
 from wandapp.job import open_skeleton, streams
 from wandapp.memory import free_bytes, resident_bytes
+from wandapp.methods.base import ERROR_SAMPLES
 from wandapp.methods.second_order import SecondOrder
 from wandapp.models import resolve_device
 from wandapp.pipeline import auto_batch_size
@@ -100,7 +102,7 @@ def plan_run(config: PruneConfig) -> Plan:
     is_streamed = streams(config, say=lambda text: None)
     model = open_skeleton(config)
     samples, seq_len = _calibration_shape(config)
-    used = samples if method.needs or config.is_allocated else 1
+    used = samples if method.reads_samples or config.is_allocated else 1
     batch = min(config.batch_size or auto_batch_size(device, torch.empty(used, seq_len)), used)
     sizes, own = _Sizes(model, config), resident_bytes() + LATER_BYTES if device.type == "cpu" else 0
     rate = MachineRate(device, model.dtype)
@@ -146,24 +148,41 @@ def _hidden_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int
 
 
 def _method_bytes(config: PruneConfig, sizes: _Sizes, samples: int, batch_tokens: int, seq_len: int) -> int:
-    """Beside weights and hidden states, the most that is alive at once while a block is pruned."""
-    name, size = methods.resolve(config.method)[0], sizes.itemsize
+    """Beside weights and hidden states, the most that is alive at once while a block is pruned.
+
+    Statistics stay until the block is done; measuring and choosing, reordering, and each refiner come one after another.
+    """
+    name, *refiners = methods.resolve(config.method)
+    size = sizes.itemsize
+    norms = 4 * samples * sum(sizes.inputs)
+    statistics = {
+        "sparsegpt": 4 * sum(width**2 for width in sizes.inputs),
+        "admm": 4 * sum(width**2 for width in sizes.inputs),
+        "rgs": norms + 4 * sizes.weights,
+        "gblm": norms + 4 * sizes.weights,  # pages of the files that hold a block's gradients
+    }.get(name, norms)
     forward = batch_tokens * (4 * sizes.widest + 6 * sizes.hidden) * size
     with_gradients = batch_tokens * 2 * sizes.crossing * size
-    hessians = 4 * sum(width**2 for width in sizes.inputs) + 20 * max(sizes.inputs) ** 2
-    statistics = {
-        "sparsegpt": hessians + 4 * sizes.together,
-        "admm": hessians + 12 * sizes.together + 17 * sizes.largest,
-        "rgs": 4 * sizes.weights + (4 + size) * sizes.largest + with_gradients,
-        "gblm": 8 * sizes.largest + with_gradients + sizes.vocabulary * batch_tokens * 8,
-    }.get(name, 4 * samples * sum(sizes.inputs))
+    factorising = 20 * max(sizes.inputs) ** 2
+    # gblm: the inputs of all blocks; logits in fp32, their copies without the last position, softmax and gradients.
+    whole_model = batch_tokens * (sizes.count * sizes.hidden * size + 24 * sizes.vocabulary)
+    choosing = {
+        "wanda-cumulative": 0 if config.pattern.is_structured else 22 * sizes.largest,  # sorted scores, order, sums
+        "sparsegpt": factorising + 4 * sizes.together,
+        "admm": factorising + 12 * sizes.together + 17 * sizes.largest,
+        "rgs": (4 + size) * sizes.largest + with_gradients,
+        "gblm": 8 * sizes.largest + with_gradients + whole_model,
+    }.get(name, 0)
     # A sample's inputs and outputs of all maps, before and after; a map's score, its transpose and a third of that again.
-    permuting = statistics + 4 * seq_len * sizes.crossing * size + 12 * sizes.largest if config.permute else 0
-    if not _is_refined(config):
-        return max(forward + statistics, permuting)
-    masters = (8 if size == 4 else 12) * sizes.weights  # of fp32 storage the parameter is its own master; gradients
-    step = seq_len * 2 * sizes.crossing * size
-    return max(forward + statistics + masters + 2 * sizes.block + step, permuting)
+    permuting = 4 * seq_len * sizes.crossing * size + 12 * sizes.largest if config.permute else 0
+    masters = 0 if size == 4 else 4  # of fp32 storage the parameter is its own
+    snapshots = size if methods.METHODS[name].compensates else 2 * size  # before the refiner, and before any pruning
+    refining = {
+        "ro": (snapshots + masters + 4 + size) * sizes.weights + seq_len * 2 * sizes.crossing * size,
+        # Adam's two moments, gradient, mask; the best weights so far, and the next while both are there
+        "reconstruct": (snapshots + masters + 8 + 4 + 1 + 2 * size) * sizes.weights + with_gradients,
+    }
+    return statistics + max(forward + choosing, permuting, *(refining.get(refiner, 0) for refiner in refiners))
 
 
 def _scratch_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, is_streamed: bool) -> int:
@@ -186,8 +205,14 @@ def _flops(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, atten
         flops += 3 * seq_len * forward  # before, and after either renaming
     if config.is_allocated:
         flops += min(ALLOCATION_SAMPLES, samples) * seq_len * (1 if config.allocate == "owl" else 3) * forward
-    if _is_refined(config):
-        flops += seq_len * 3.0 * forward * config.ro_rounds * min(config.ro_samples, samples)
+    refiners = methods.resolve(config.method)[1:]
+    probes = min(ERROR_SAMPLES, samples)
+    steps = {
+        "ro": config.ro_rounds * min(config.ro_samples, samples),
+        "reconstruct": config.reconstruct_passes * (samples - probes * (samples > 2 * ERROR_SAMPLES)),
+    }
+    for refiner in refiners:  # a backward per step; errors before and after
+        flops += seq_len * forward * (3.0 * steps.get(refiner, 0) + 4.0 * probes)
     return sizes.count * flops
 
 
