@@ -234,6 +234,6 @@ def check_refusal(damage: Damage, command: str, said: str, place: Path, monkeypa
     assert text == "" and "Traceback" not in errors
     sentences = [line for line in errors.splitlines() if line.startswith("wandapp: ")]
     assert sentences == errors.splitlines()[-1:] and len(sentences[0]) < 700
-    assert said in sentences[0]
+    assert said in sentences[0], sentences[0]
     assert snapshot(place) == before
-    assert grown < MIB_AT_MOST * 1024 and seconds < SECONDS_AT_MOST
+    assert grown < MIB_AT_MOST * 1024 and seconds < SECONDS_AT_MOST, (grown, seconds)

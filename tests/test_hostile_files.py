@@ -32,6 +32,7 @@ from hostile import (
     map_to,
     recipe,
     table,
+    tensors,
     write,
 )
 from safetensors.torch import load_file, save_file
@@ -43,8 +44,8 @@ PLAN = f"{PRUNE} --plan"
 GGUF = f"prune bad.gguf --out out {PYDOC}"
 
 
-def calibrated(name: str, shape: str = SHORT) -> str:
-    return f"prune tiny --out out --calibration {name} {shape}"
+def calibrated(name: str) -> str:
+    return f"prune tiny --out out --calibration {name} {SHORT}"
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +91,6 @@ def again(**fields):
 def same_bytes(tensors: dict) -> None:
     """Two tensors share their bytes, and nobody owns the last ones."""
     tensors[Q_PROJ]["data_offsets"] = tensors[Q_PROJ.replace("q_proj", "o_proj")]["data_offsets"]
-
-
-def rewritten(edit, name: str = WEIGHTS, metadata: dict | None = None):
-    def damage() -> None:
-        weights = load_file(name)
-        edit(weights)
-        save_file(weights, name, metadata=metadata)
-
-    return damage
 
 
 def pipe(name: str):
@@ -236,38 +228,37 @@ HEADERS = {
         "corrupt or incomplete",
     ),
     "a weight without dimensions": (
-        rewritten(lambda weights: weights.update({Q_PROJ: torch.tensor(1.0)})),
+        tensors(lambda weights: weights.update({Q_PROJ: torch.tensor(1.0)})),
         PRUNE,
         f"{Q_PROJ} has shape []",
     ),
     "a weight without rows": (
-        rewritten(lambda weights: weights.update({Q_PROJ: torch.zeros(0, 64)})),
+        tensors(lambda weights: weights.update({Q_PROJ: torch.zeros(0, 64)})),
         PRUNE,
         f"{Q_PROJ} has shape [0, 64]",
     ),
     "weights of 8 bits": (
-        rewritten(lambda weights: weights.update({Q_PROJ: torch.zeros(64, 64).to(torch.float8_e4m3fn)})),
+        tensors(lambda weights: weights.update({Q_PROJ: torch.zeros(64, 64).to(torch.float8_e4m3fn)})),
         PRUNE,
         f"{Q_PROJ} has the type F8_E4M3",
     ),
     "weights of 8 bits, streamed": (
-        rewritten(lambda weights: weights.update({Q_PROJ: torch.zeros(64, 64).to(torch.float8_e5m2)})),
+        tensors(lambda weights: weights.update({Q_PROJ: torch.zeros(64, 64).to(torch.float8_e5m2)})),
         STREAM,
         f"{Q_PROJ} has the type F8_E5M2",
     ),
     "complex weights": (
-        rewritten(lambda weights: weights.update({Q_PROJ: torch.zeros(64, 64, dtype=torch.complex64)})),
+        tensors(lambda weights: weights.update({Q_PROJ: torch.zeros(64, 64, dtype=torch.complex64)})),
         PRUNE,
         Q_PROJ,
     ),
     "metadata that is no text": (edited_header(lambda t: t.update(__metadata__={"format": 7})), PRUNE, "corrupt"),
-    "metadata of another framework": (rewritten(lambda w: None, metadata={"format": "numpy"}), PRUNE, "tiny"),
     "a header that is not UTF-8": (header(b'{"\xff": {}}    '), PRUNE, "corrupt or incomplete"),
     "a header that is a list": (header("[]      "), PRUNE, "corrupt or incomplete"),
     "a header of no bytes": (header(""), PRUNE, "corrupt or incomplete"),
     "a name with a line end": (edited_header(lambda t: t.update({"a\nb": t.pop(Q_PROJ)})), PRUNE, "printable"),
     "many empty tensors": (
-        header(json.dumps({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(30_000)})),
+        header(json.dumps({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(5_000)})),
         PRUNE,
         "tiny",
     ),
@@ -403,7 +394,6 @@ IDS = {
         calibrated("bad.safetensors"),
         "not a readable",
     ),
-    "ids of one token each": (npy(np.ones((2, 1), int)), calibrated("bad.npy", "--samples 2"), "bad.npy"),
 }
 TEXTS = {
     "a line whose text is null": (write("bad.jsonl", '{"text": null}\n'), calibrated("bad.jsonl"), "line 1"),
@@ -434,7 +424,7 @@ RECIPES = {
     "a recipe of one word": (recipe("wanda"), BY_RECIPE, "a recipe is"),
     "a recipe of lists in lists": (recipe("- - - wanda\n"), BY_RECIPE, "a recipe is"),
     "a date for a method": (recipe("method: 2024-01-01\n"), BY_RECIPE, "method"),
-    "bytes for a method": (recipe("method: !!binary aGFybQ==\n"), BY_RECIPE, "recipe.yaml"),
+    "bytes for a method": (recipe("method: !!binary aGFybQ==\n"), BY_RECIPE, "method"),
     "a set for what to skip": (recipe("skip: !!set {a, b}\n"), BY_RECIPE, "skip"),
     "a key that is a list": (recipe("? [a, b]\n: wanda\n"), BY_RECIPE, "recipe.yaml"),
     "a key that is null": (recipe("null: wanda\n"), BY_RECIPE, "does not exist"),

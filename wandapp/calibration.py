@@ -250,7 +250,10 @@ def read_tokens(path: str | Path) -> Tensor:
     try:
         if path.suffix == ".npy":  # mapped: the header may claim more than there is
             with np.errstate(over="ignore"):
-                tensors = {"tokens": torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False).copy())}
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):
+                raise ValueError("an archive of several arrays")
+            tensors = {"tokens": torch.from_numpy(array.copy())}
         else:
             tensors = load_file(path)
     except (SafetensorError, *_NPY_ERRORS) as error:

@@ -200,6 +200,8 @@ def _require_agreement(folder: Path) -> None:
     tensors = checkpoint_tensors(folder).infos
     if not tensors:
         raise WandappError(f"{folder}: the weight files hold no tensors; download the checkpoint again")
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json", "a generation config")  # transformers would pass over a broken one
     model = skeleton(folder, max_blocks=len(tensors))
     if getattr(model.config, "quantization_config", None) is not None:
         raise WandappError(
