@@ -330,6 +330,7 @@ TOKENIZERS = {
             json.dumps(
                 {
                     "version": "1.0",
+                    "added_tokens": [],
                     "pre_tokenizer": {"type": "Whitespace"},
                     "model": {"type": "WordLevel", "vocab": {"the": 10**9, "[UNK]": 1}, "unk_token": "[UNK]"},
                 }
@@ -435,7 +436,7 @@ RECIPES = {
 GGUFS = {
     **{
         f"a .gguf cut at {keep}": (gguf_cut(keep), GGUF, "bad.gguf")
-        for keep in (5, 12, 23, 24, 31, 47, 100, 400, 2000, 5000, 9000, -200_000, -50_000, -4000, -1)
+        for keep in (5, 12, 24, 47, 400, 5000, -200_000, -1)
     },
     "a .gguf cut in the data, streamed": (gguf_cut(-50_000), f"{GGUF} --stream", "bad.gguf"),
     "a .gguf cut in the header, streamed": (gguf_cut(400), f"{GGUF} --stream", "bad.gguf"),
@@ -474,6 +475,20 @@ RUNS = {
     "somebody's folder in the way of packing": (precious("out.partial"), "pack pruned out", "out.partial"),
     "OUT.partial links to somebody's folder": (precious("out.partial", linked=True), PRUNE, "out.partial"),
 }
+QUICK = {
+    "a name twice in a header",
+    "a negative offset",
+    "a weight without dimensions",
+    "weights of 8 bits, streamed",
+    "weights from a pipe",
+    "a tokenizer from a pipe",
+    "a generation config of noise",
+    "a .npz named .npy",
+    "a line whose text is null",
+    "a .gguf cut in the header, streamed",
+    "somebody's folder at OUT.partial, resumed",
+    "OUT.partial links to somebody's folder",
+}
 CASES = HEADERS | PIPES | CONFIGS | TOKENIZERS | IDS | TEXTS | RECIPES | GGUFS | RUNS
 
 
@@ -482,6 +497,6 @@ def place(originals, tmp_path, monkeypatch) -> Path:
     return copy_of(originals, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else [pytest.mark.slow]) for c in CASES])
 def test_hostile_files_get_one_sentence_and_nothing_is_written(case, place, monkeypatch, capfd):
     check_refusal(*CASES[case], place, monkeypatch, capfd)

@@ -99,3 +99,62 @@ def test_plan_of_a_tiny_checkpoint(method, stream, tiny_model, tmp_path):
     save_file({"tokens": torch.randint(0, 300, (8, 32))}, tmp_path / "tokens.safetensors")
     options = ("--method", method, "--ro-rounds", "1", stream)
     check_plan(tmp_path / "dense", tmp_path / "tokens.safetensors", tmp_path / "out", *options)
+
+
+# Plans and runs of one model, each in a fork of a process that has everything imported: that is most of a start's time.
+PLANS = """
+import json, os, shutil, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import wandapp.job, wandapp.plan, wandapp.kernels.select.cpu, wandapp.kernels.compensate.cpu  # before the fork
+from wandapp.config import PruneConfig
+from wandapp.memory import peak_resident_bytes
+
+def forked(work):
+    reading, writing = os.pipe()
+    if not os.fork():
+        try:
+            os.write(writing, json.dumps(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    os.wait()
+    return json.loads(text)
+
+def run():
+    wandapp.job.prune_checkpoint(config)
+    return peak_resident_bytes()
+
+task = json.loads(sys.argv[1])
+for method in task["methods"]:
+    for stream in (False, True):
+        config = PruneConfig(**task["recipe"], method=method, stream=stream)
+        planned, peak = forked(lambda: wandapp.plan.plan_run(config).peak_bytes), forked(run)
+        print(json.dumps([method, stream, planned, peak]), flush=True)
+        shutil.rmtree(task["recipe"]["out"])
+"""
+METHODS = ["magnitude", "wanda", "sparsegpt", "gblm", "rgs", "wanda++", "sparsegpt+ro", "wanda+reconstruct"]
+
+
+@pytest.mark.slow
+def test_plan_of_every_method_on_blocks_of_50_mb(tmp_path, tiny_model):
+    from wandapp import save_pruned
+
+    sizes = dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, vocab_size=8000)
+    save_pruned(tiny_model("llama", **sizes)[0], None, tmp_path / "dense", files={})
+    save_file({"tokens": torch.randint(0, 8000, (8, 32))}, tmp_path / "tokens.safetensors")
+    recipe = {"model": tmp_path / "dense", "out": tmp_path / "out", "calibration": tmp_path / "tokens.safetensors"}
+    recipe = {name: str(path) for name, path in recipe.items()}
+    recipe |= {"ro_rounds": 1, "ro_samples": 2, "reconstruct_passes": 1}
+    command = [sys.executable, "-c", PLANS, json.dumps({"recipe": recipe, "methods": METHODS})]
+    done = subprocess.run(
+        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 2 * len(METHODS)
+    off = [line for line in lines if line[2] != pytest.approx(line[3], rel=0.15)]
+    assert not off, off
