@@ -19,7 +19,9 @@ from wandapp.allocation import bounds, counted, error_sparsities, owl_sparsities
 from wandapp.config import PruneConfig
 from wandapp.errors import Interrupted, WandappError
 from wandapp.job import prune_checkpoint
+from wandapp.methods.sparsegpt import block_zeros
 from wandapp.models import load_model
+from wandapp.pattern import SparsityPattern
 from wandapp.pipeline import prune
 from wandapp.report import MachineRate
 from wandapp.verify import verify_model
@@ -140,8 +142,17 @@ def test_outliers_are_counted_over_all_maps_of_the_dense_block(llama):
     assert max(expected) - min(expected) == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("allocate", ["owl", "error"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm", "wanda+ro"])
+def test_column_blocks_of_sparsegpt_share_the_counted_zeros():
+    pattern, parts = SparsityPattern(0.5, exact_zeros=1001), [slice(0, 128), slice(128, 256), slice(256, 320)]
+    shares = [block_zeros((7, 320), part, pattern) for part in parts]
+    assert sum(shares) == 1001
+    assert shares == pytest.approx([1001 * 128 / 320, 1001 * 128 / 320, 1001 * 64 / 320], abs=1)
+
+
+@pytest.mark.parametrize(
+    "method, allocate",
+    [*((name, "owl") for name in ("magnitude", "sparsegpt", "admm", "wanda+ro")), ("wanda", "error")],
+)
 def test_every_method_removes_exactly_the_target(llama, allocate, method):
     total = weights_of(llama)
     options = dict(sparsity=0.57, allocate=allocate, ro_rounds=1, ro_samples=2)
