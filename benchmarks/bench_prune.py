@@ -5,7 +5,7 @@
 
 A row is one method: FLOPs by the report's formula, FLOPs over the floor below, and seconds over FLOPs / rate.
 Floors per token (forward = 2 FLOP per weight that it meets, plus attention): wanda: two forwards, less the last map of
-the first and the whole second of the last block; sparsegpt: the same, a Gram matrix per distinct input and the solver; rgs:
+the first and the whole second of the last block; sparsegpt, admm: the same, a Gram matrix per distinct input and the solver; rgs:
 a forward, a backward (twice a forward) and a pruned forward; +ro: K M / N times a forward and a backward more.
 """
 
@@ -16,6 +16,10 @@ import platform
 import torch
 
 import wandapp
+from wandapp import methods
+from wandapp.config import PruneConfig
+from wandapp.distributed import Ranks
+from wandapp.methods.second_order import SecondOrder
 from wandapp.models import load_model
 
 VOCABULARY = 1024  # of the random model, whose embeddings are not measured
@@ -66,10 +70,11 @@ def floor_flops(model: torch.nn.Module, method: str, samples: int, seq_len: int)
         total += 3 * forward - tokens * 2.0 * first_maps  # no gradient is wanted in front of the first maps
     else:
         total += forward - (0 if refiner else tokens * 2.0 * down)
-    if name == "sparsegpt":
+    solver = methods.create(PruneConfig(method=name), Ranks())
+    if isinstance(solver, SecondOrder):
         # inputs of q, k, v; of o; of gate, up; of down: (size, rows that read it)
         inputs = [(hidden, queries + 2 * keys), (queries, hidden), (hidden, 2 * ffn), (ffn, hidden)]
-        total += sum(2.0 * tokens * size**2 + 4 / 3 * size**3 + rows * size**2 for size, rows in inputs)
+        total += sum(2.0 * tokens * size**2 + solver.flops(rows, size) for size, rows in inputs)
     if refiner:
         steps = 5 * min(32, samples)
         total += steps / samples * (3 * forward - tokens * 2.0 * first_maps)
