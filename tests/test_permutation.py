@@ -376,3 +376,26 @@ def test_ranks_permute_alike(tiny_model, tmp_path):
     for a, b in zip(first[1], kept_alone, strict=True):
         assert a.keys() == b.keys()
         assert all(a[name][1] == pytest.approx(b[name][1], abs=2e-3) for name in a)
+
+
+class ReadTwice(nn.Linear):
+    """A map whose output a second map, `reader`, reads too."""
+
+    reader: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.read = self.reader(y)
+        return y
+
+
+def test_channels_that_a_second_map_reads_stay(tiny_model, monkeypatch):
+    monkeypatch.setattr(permutation, "best_order", shuffled)
+    model = tiny_model("opt", num_hidden_layers=1)[0]
+    attention = model.model.decoder.layers[0].self_attn
+    attention.v_proj.__class__ = ReadTwice
+    attention.v_proj.reader = nn.Linear(64, 8)
+    before = attention.out_proj.weight.clone()
+    (done,) = permuted(model)
+    assert done.skipped == {"model.decoder.layers.0.self_attn.out_proj": permutation.NO_FOLD}
+    assert torch.equal(attention.out_proj.weight, before)
