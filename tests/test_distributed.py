@@ -17,7 +17,6 @@ from wandapp.errors import WandappError
 from wandapp.methods.wanda import Wanda
 from wandapp.models import resolve_device
 from wandapp.pipeline import checksum, prune
-from wandapp.report import MachineRate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCORES = ["magnitude", "wanda", "sparsegpt", "admm", "gblm", "rgs"]
@@ -25,8 +24,7 @@ SCORES = ["magnitude", "wanda", "sparsegpt", "admm", "gblm", "rgs"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """No sampling of the machine's rate, which takes longer than these models; a life of ranks in tenths of seconds."""
-    monkeypatch.setattr(MachineRate, "sample", lambda self, repeats=2: None)
+    """A life of ranks in tenths of seconds."""
     monkeypatch.setattr(distributed, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(distributed, "GRACE_SECONDS", 1.0)
 

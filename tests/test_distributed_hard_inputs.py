@@ -9,7 +9,6 @@ import torch
 
 from wandapp import distributed
 from wandapp.pipeline import prune
-from wandapp.report import MachineRate
 from wandapp.verify import verify_model
 
 POISON = 249  # a token that only the last sample holds
@@ -17,7 +16,6 @@ POISON = 249  # a token that only the last sample holds
 
 @pytest.fixture(autouse=True)
 def quick(one_thread, monkeypatch):
-    monkeypatch.setattr(MachineRate, "sample", lambda self, repeats=2: None)
     monkeypatch.setattr(distributed, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(distributed, "GRACE_SECONDS", 1.0)
 

@@ -8,6 +8,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from wandapp.methods.base import BlockRecord
 class MachineRate:
     """The machine's matmul rate, sampled between blocks because it drifts; the sampling is timed apart."""
 
+    SIZES = {"cpu": 1024, "cuda": 4096}  # of the square factors
+
     def __init__(self, device: torch.device, dtype: torch.dtype):
-        size = 1024 if device.type == "cpu" else 4096
+        size = self.SIZES[device.type]
         self.factors = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
         self.flops, self.seconds, self.overhead = 0.0, 0.0, 0.0
 
@@ -165,7 +168,7 @@ def versions(*more: str) -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
-def json_ready(value):
+def json_ready(value: Any) -> Any:
     """`value` with NaN and infinities, which JSON has not, as None."""
     if isinstance(value, dict):
         return {key: json_ready(item) for key, item in value.items()}

@@ -24,6 +24,15 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(autouse=True, scope="package")
+def two_threads():
+    """Rows are dealt out to threads, however many the suite runs with."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
