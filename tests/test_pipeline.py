@@ -73,6 +73,7 @@ def test_only_linear_maps_of_blocks_change_and_flags_are_restored(tiny_model):
     report = prune(model, sparsity="2:4", calibration=tokens(config))
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {f"{name}.weight" for block in report.blocks for name in block.sparsity}
+    assert report.versions["torch"] == torch.__version__
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -6,8 +6,9 @@ It knows neither the method nor where the weights live. Start reading here.
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from wandapp.memory import kept_pages
 from wandapp.methods.base import BlockRecord, Method
 from wandapp.models import resolve_device
 from wandapp.pattern import SparsityPattern
-from wandapp.report import MachineRate, Progress, PruneReport, block_figures, peak_gib
+from wandapp.report import MachineRate, Progress, PruneReport, block_figures, peak_gib, versions
 from wandapp.store import ModelStore
 from wandapp.verify import offence
 
@@ -31,13 +32,13 @@ TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 16384}
 
 def prune(
     model: nn.Module,
-    tokenizer=None,
+    tokenizer: Any | None = None,
     *,
     config: PruneConfig | None = None,
     calibration: str | Tensor | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     ranks: Ranks | None = None,
-    **options,
+    **options: Any,
 ) -> PruneReport:
     """Report of pruning `model`, a loaded transformers causal language model, in place.
 
@@ -56,7 +57,7 @@ def prune(
 
 def prune_store(
     store: ModelStore,
-    tokenizer,
+    tokenizer: Any | None,
     config: PruneConfig,
     *,
     calibration: str | Tensor | None = None,
@@ -83,6 +84,7 @@ def prune_store(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         batch_size=batch_size,
         ranks=ranks.size,
+        versions=versions(),
     )
     if on_begin:
         on_begin(report)
@@ -92,7 +94,9 @@ def prune_store(
     return report
 
 
-def _calibrate(calibration: str | Tensor | None, tokenizer, config: PruneConfig, model: nn.Module) -> Calibration:
+def _calibrate(
+    calibration: str | Tensor | None, tokenizer: Any | None, config: PruneConfig, model: nn.Module
+) -> Calibration:
     calibrated = load_calibration(
         calibration if isinstance(calibration, Tensor) else config.calibration,
         tokenizer,
@@ -107,7 +111,14 @@ def _calibrate(calibration: str | Tensor | None, tokenizer, config: PruneConfig,
     return calibrated
 
 
-def _run(store: ModelStore, method, tokens: Tensor, config: PruneConfig, report: PruneReport, on_progress) -> None:
+def _run(
+    store: ModelStore,
+    method: Method,
+    tokens: Tensor,
+    config: PruneConfig,
+    report: PruneReport,
+    on_progress: Callable[[Progress], None] | None,
+) -> None:
     clock = _Clock(report.seconds_by_phase)
     own = tokens[method.ranks.deal(len(tokens))]
     rate = MachineRate(store.device, next(store.model.parameters()).dtype)
@@ -182,7 +193,7 @@ class _Clock:
         self.seconds = seconds
 
     @contextmanager
-    def __call__(self, phase: str):
+    def __call__(self, phase: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
@@ -228,7 +239,7 @@ def _progress(report: PruneReport, record: BlockRecord, done: int, blocks: int) 
 
 
 @contextmanager
-def _frozen(model: nn.Module):
+def _frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no parameter gradients, experts in the form whose products can be watched; restored after."""
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training, experts = model.training, getattr(model.config, "_experts_implementation", None)

@@ -19,7 +19,7 @@ from wandapp import histograms
 from wandapp.runs import Run
 
 INK, SOFT, LINE, PAPER = "#1c2526", "#5f6d6e", "#d9e0df", "#fefefe"
-SERIES = ("#0f766e", "#c2410c", "#4f46e5", "#a21caf", "#4d7c0f", "#0369a1")
+SERIES = ("#0f766e", "#c2410c", "#4f46e5", "#a21caf", "#4d7c0f", "#0369a1", "#be123c", "#92722a")
 _VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PAPER: "paper"} | {c: f"s{i + 1}" for i, c in enumerate(SERIES)}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -49,7 +49,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def draw(plot: Callable[..., None], *arguments, size: tuple[float, float] = (5.6, 3.1)) -> Figure:
+def draw(plot: Callable[..., None], *arguments: Any, size: tuple[float, float] = (5.6, 3.1)) -> Figure:
     """The figure on whose axes `plot(axes, *arguments)` has drawn."""
     with rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -66,7 +66,7 @@ def svg(figure: Figure) -> str:
 
 
 def themed_svg(document: str, title: str) -> str:
-    """The document as an element of a page whose CSS names the colours: --ink, --soft, --line, --paper, --s1 to --s6."""
+    """The document as an element of a page whose CSS names the colours: --ink, --soft, --line, --paper, --s1 to --s8."""
     element = document[document.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.S)
     for colour, name in _VARIABLES.items():
@@ -187,6 +187,7 @@ def tradeoff(axes: Axes, points: Sequence[tuple[str, str, float, float]], label:
         height = max(wanted, height + 11 * pixels)  # labels of neighbours stand above each other
         lift = (height - wanted) / pixels + 4
         axes.annotate(name, (x, y), xytext=(7, lift), textcoords="offset points", fontsize=8)
+    axes.ticklabel_format(axis="x", useOffset=False)
     axes.set(xlabel=label, ylabel=f"perplexity, {text}")
 
 

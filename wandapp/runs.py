@@ -23,7 +23,7 @@ class Run:
     prune, recover   their reports, or None
     perplexities     results of eval, newest last; tasks likewise
     bench            figures of `bench inference` by form, "dense" and "sparse", or None
-    stored_bytes     of its safetensors files, or None where its folder was not given
+    stored_bytes     of its safetensors files, or None where its folder is not known
     failure          why a job of a sweep came to nothing
     """
 
@@ -109,6 +109,8 @@ def read_runs(places: Sequence[str | Path]) -> list[Run]:
     dense = {run.model for run in runs.values() if run.model}
     for run in runs.values():
         run.is_dense = run.prune is None and run.recover is None and run.name in dense
+        if run.is_dense and run.stored_bytes is None:
+            run.stored_bytes = _weight_bytes(Path(run.name))
     _name_apart(runs.values())
     return sorted(runs.values(), key=lambda run: not run.is_dense)
 
@@ -128,8 +130,13 @@ def _folder_run(folder: Path) -> Run:
         raise WandappError(
             f"{folder}: no wandapp/report.json in it; give a folder that wandapp prune, pack or recover wrote"
         )
-    run.stored_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
+    run.stored_bytes = _weight_bytes(folder)
     return run
+
+
+def _weight_bytes(folder: Path) -> int | None:
+    """Of its safetensors files; None where there are none, as in the folder of a name on the hub."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
 
 
 def _recipe(path: Path) -> Json:
@@ -149,7 +156,8 @@ def _json_objects(path: Path) -> list[Json]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise WandappError(f"{path}: neither a folder nor a JSON file that can be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise WandappError(f"{path}: neither a folder nor a JSON file that can be read ({reason})") from None
     try:
         return [_one_object(text, path)]
     except WandappError:
