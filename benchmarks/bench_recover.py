@@ -3,15 +3,16 @@
     python benchmarks/bench_recover.py --checkpoints wanda=out/wanda wanda++=out/wandapp --text c4.jsonl --samples 64 \\
         --seq-len 512 --eval wikitext2:wiki.test.raw held-out.txt --windows 80 --out benchmarks/results/recover.jsonl
 
-A row is one checkpoint and one training; a row that the output file already holds is not made again. `dense` is measured
-beside them. `--text` is trained on and must not hold the evaluation texts. Seconds are wall time of the steps alone.
+A row is one checkpoint and one training; a row that the output file already holds is not made again, and a training that
+was killed goes on from its last saved state (OUT.work). `dense` is measured beside them. `--text` is trained on and must not
+hold the evaluation texts. Seconds are wall time of the steps alone. The first line states the budget beside the papers'.
 """
 
 import argparse
 import json
 import os
 import platform
-import tempfile
+import shutil
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from wandapp.models import load_model
 from wandapp.recovery import recover
 from wandapp.report import versions
 
+PAPERS_TOKENS = 30_000 * 1024  # arXiv:2306.11695
 TRAININGS = {"none": None, "papers": {"preset": "papers"}, "strong": {"preset": "strong"}, "full": {"full": True}}
 
 
@@ -34,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512, help="of training samples and of evaluation windows")
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--accumulate", type=int, default=1, help="forwards per step")
     parser.add_argument("--eval", nargs="+", default=["pydoc"], help="evaluation texts")
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--device", default="auto")
@@ -57,22 +60,26 @@ def run(name: str, reference: str, training: str, arguments: argparse.Namespace)
     options = TRAININGS[training]
     if options is None:
         return row | {"perplexity": measure(reference, arguments)}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "trained")
-        report = recover(
-            reference, out, text=arguments.text, samples=arguments.samples, seq_len=arguments.seq_len, held_out=1,
-            batch_size=arguments.batch_size, device=arguments.device, **options,
-        )  # fmt: skip
-        row |= {
-            "how": report.how,
-            "trained_weights": report.trained_weights,
-            "tokens": report.tokens,
-            "steps": report.steps,
-            "seconds": round(report.seconds, 1),
-            "last_loss": round(report.last_loss, 4),
-            "zeros": report.zeros,
-        }
-        return row | {"perplexity": measure(str(out), arguments)}
+    work = Path(f"{arguments.out}.work")
+    out = work / f"{name}-{training}"
+    report = recover(
+        reference, out, text=arguments.text, samples=arguments.samples, seq_len=arguments.seq_len, held_out=1,
+        batch_size=arguments.batch_size, accumulate=arguments.accumulate, device=arguments.device, save_every=20,
+        resume=True, overwrite=True, **options,
+    )  # fmt: skip
+    row |= {
+        "how": report.how,
+        "trained_weights": report.trained_weights,
+        "tokens": report.tokens,
+        "share_of_papers_tokens": round(report.tokens / PAPERS_TOKENS, 6),
+        "steps": report.steps,
+        "seconds": round(report.seconds, 1),
+        "last_loss": round(report.last_loss, 4),
+        "zeros": report.zeros,
+    }
+    row["perplexity"] = measure(str(out), arguments)
+    shutil.rmtree(work)
+    return row
 
 
 def circumstances(arguments: argparse.Namespace) -> dict:
@@ -83,14 +90,18 @@ def circumstances(arguments: argparse.Namespace) -> dict:
         "samples": arguments.samples,
         "seq_len": arguments.seq_len,
         "batch_size": arguments.batch_size,
+        "accumulate": arguments.accumulate,
         "windows": arguments.windows,
         "device": f"{device}, {torch.get_num_threads()} threads",
         "versions": versions("peft"),
     }
 
 
-def key_of(row: dict) -> tuple:
-    return tuple(row[name] for name in ("checkpoint", "training", "samples", "seq_len", "windows"))
+def key_of(row: dict, texts: list[str]) -> tuple:
+    """What must agree for a row to be the same; of a checkpoint that nobody trains, only what is evaluated."""
+    training = (row["text"], row["samples"], row["batch_size"], row.get("accumulate", 1))
+    evaluated = (row["checkpoint"], row["training"], row["seq_len"], row["windows"], *sorted(texts))
+    return evaluated if row["training"] == "none" else evaluated + training
 
 
 def print_table(rows: list[dict]) -> None:
@@ -109,13 +120,19 @@ def main() -> None:
     print(
         f"{platform.machine()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
+    tokens = arguments.samples * arguments.seq_len
+    print(
+        f"budget of a training: {arguments.samples} samples of {arguments.seq_len} tokens = {tokens:,} tokens, "
+        f"{tokens / PAPERS_TOKENS:.3%} of the papers' {PAPERS_TOKENS:,}; {arguments.windows} windows of each text"
+    )
+    texts = [Path(text).name for text in arguments.eval]
     jobs = [("dense", arguments.dense, "none")]
     for pair in arguments.checkpoints:
         name, _, folder = pair.partition("=")
         jobs += [(name, folder, training) for training in arguments.trainings]
     for name, reference, training in jobs:
         probe = {"checkpoint": name, "training": training, **circumstances(arguments)}
-        if key_of(probe) in {key_of(row) for row in rows}:
+        if key_of(probe, texts) in {key_of(row, list(row["perplexity"])) for row in rows}:
             continue
         started = time.perf_counter()
         row = run(name, reference, training, arguments)

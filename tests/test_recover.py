@@ -232,7 +232,7 @@ def test_killed_run_continues_bit_for_bit(options, pruned, tmp_path):
         if step.step == 5:  # saved after 2 and 4; step 5 is taken again
             raise _Killed
 
-    recover(pruned(), tmp_path / "whole", **settings)
+    recover(pruned(), tmp_path / "whole", **settings, resume=True)  # begins where there is nothing to resume
     with pytest.raises(_Killed):
         recover(pruned(), tmp_path / "killed", **settings, on_step=kill)
     assert not (tmp_path / "killed").exists()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from wandapp import cli_hub
-from wandapp.cli_options import Json, Overwrite, Private, PushToHub, Track, with_flags_of
+from wandapp.cli_options import Json, Overwrite, Private, PrunedFolder, PushToHub, Track, with_flags_of
 from wandapp.console import Output, duration, fail
 from wandapp.errors import WandappError
 from wandapp.recover_config import RecoverConfig
@@ -17,10 +17,12 @@ commands = typer.Typer()
 @commands.command("recover")
 @with_flags_of(RecoverConfig)
 def recover_command(
-    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    folder: PrunedFolder,
     out: Annotated[Path, typer.Option(help="folder for the trained checkpoint")],
     config: Annotated[Path | None, typer.Option(help="recover.yaml with any of these options; flags win")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue the run that was killed, bit for bit")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue a killed run, bit for bit; begin where there is none")
+    ] = False,
     overwrite: Overwrite = False,
     track: Track = None,
     push_to_hub: PushToHub = None,
@@ -31,7 +33,7 @@ def recover_command(
     """Train a pruned checkpoint on some text, zeros kept."""
     output = Output(json_only)
     settings = RecoverConfig.from_yaml(config, **options) if config else RecoverConfig(**options)
-    cli_hub.check_push(push_to_hub)
+    cli_hub.check_push(push_to_hub, private)
     try:
         from wandapp.recovery import recover
         from wandapp.track import tracking

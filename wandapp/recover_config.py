@@ -1,9 +1,10 @@
 """Every option of recovery training, its default, and where the default comes from."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from wandapp.errors import WandappError
 from wandapp.options import Options
 
 
@@ -48,6 +49,14 @@ class RecoverConfig(Options):
         False, description="recompute a block's activations: less memory, a third slower"
     )
     save_every: int = Field(100, ge=1, description="steps between two saved states, which --resume continues from")
+
+    @model_validator(mode="after")
+    def _full_training_has_no_adapters(self) -> Self:
+        given = [name for name in ("targets", "rank", "alpha", "dropout") if getattr(self, name) is not None]
+        given += ["preset"] if self.preset == "strong" else []
+        if self.full and given:
+            raise WandappError(f"{given[0]}: is an option of LoRA, and full trains every weight; leave one of them out")
+        return self
 
     def resolved(self) -> "RecoverConfig":
         """The same with every open option filled in from the preset."""

@@ -85,13 +85,13 @@ def recover(
     """Trains the pruned checkpoint in `folder` (wandapp's, with its recipe) and writes the result to `out`.
 
     config   all options; or give them as keywords, e.g. preset="strong", samples=256 (see RecoverConfig)
-    resume   continue from the state that a killed run left in OUT.recover
+    resume   continue from the state that a killed run left in OUT.recover; begin where there is none
     on_step  called with (step, steps in all); on_note with a sentence on what is being done
     raises   WandappError where the checkpoint does not hold its pattern, and where the result would not
     """
     config = (config or RecoverConfig(**options)).resolved()
     folder, out = Path(folder), Path(out)
-    recipe = PruneConfig.from_yaml(folder / "wandapp" / "recipe.yaml")
+    recipe = PruneConfig.of_checkpoint(folder)
     check_output(out, overwrite, folder)
     state_folder = _state_folder(out, resume)
     device = resolve_device(config.device)
@@ -128,7 +128,12 @@ def recover(
 
 
 def _train(
-    model: nn.Module, tokens: Tensor, config: RecoverConfig, state: TrainingState, report: RecoverReport, on_step
+    model: nn.Module,
+    tokens: Tensor,
+    config: RecoverConfig,
+    state: TrainingState,
+    report: RecoverReport,
+    on_step: Callable[[Step, int], None] | None,
 ) -> None:
     """Puts on what trains, trains, merges, and gives every weight the type it had."""
     from wandapp import masked
@@ -174,8 +179,6 @@ def _state_folder(out: Path, resume: bool) -> Path:
     folder = out.with_name(f"{out.name}.recover")
     if (folder / STATE_FILE).is_file() and not resume:
         raise WandappError(f"{folder}: holds the state of an unfinished run; continue it with --resume, or remove it")
-    if resume and not (folder / STATE_FILE).is_file():
-        raise WandappError(f"{folder}: no saved state to resume from; start without --resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -213,7 +216,16 @@ def _sha256_of(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _save(loaded, out, overwrite, recipe, config, report: RecoverReport, folder: Path, state_folder: Path) -> None:
+def _save(
+    loaded: LoadedModel,
+    out: Path,
+    overwrite: bool,
+    recipe: PruneConfig,
+    config: RecoverConfig,
+    report: RecoverReport,
+    folder: Path,
+    state_folder: Path,
+) -> None:
     """Checkpoint, recipe, report and card as prune writes them, and what the training did beside them."""
     pruned = folder / "wandapp" / "report.json"
     pruned_report = json.loads(pruned.read_text(encoding="utf-8")) if pruned.is_file() else {}
