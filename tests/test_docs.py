@@ -77,6 +77,12 @@ def test_every_command_is_executed_or_says_what_it_needs(page):
     assert not bare, f"write <!-- runs: tiny --> or <!-- needs: gpu --> (network, time, ...) above:\n{bare[0]}"
 
 
+def test_included_files_are_there():
+    included = {name for page in PAGES for name in re.findall(r'--8.*"(.*?)"', page.read_text())}
+    assert included and all((ROOT / name).is_file() for name in included)
+    assert all(f'--8<-- "{name}"' in "".join(page.read_text() for page in PAGES) for name in included)
+
+
 def test_the_page_of_commands_has_them_all():
     from wandapp import cli, cli_habits
 
@@ -143,6 +149,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert run.returncode == 0, run.stderr
     pages = {path.stem for path in (ROOT / "docs").rglob("*.md")}
     assert pages <= {path.stem for path in tmp_path.rglob("*.html")}
+    assert "RelativeImportance" in (tmp_path / "new-method.html").read_text()  # the included file
 
 
 @pytest.mark.slow
