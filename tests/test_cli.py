@@ -123,6 +123,7 @@ def test_methods(checkpoint, tmp_path, monkeypatch, capfd, method, sparsity):
     code, text, errors = call(monkeypatch, capfd, "prune", checkpoint, "--out", out, *CALIBRATION, *flags)
     assert code == 0, errors
     assert "0.5" in text
+    assert ("--ro-rounds is an option of ro" in errors) == (method != "wanda++")
     assert call(monkeypatch, capfd, "verify", out)[0] == 0
 
 

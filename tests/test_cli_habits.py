@@ -124,7 +124,7 @@ def test_verbose_shows_where_an_error_arose(monkeypatch, capfd):
     assert (
         code == 2
         and "Traceback" in errors
-        and errors.splitlines()[-1].startswith("wandapp: nope/wandapp/recipe.yaml: ")
+        and errors.splitlines()[-1] == "wandapp: nope: no such folder; check the path"
     )
 
 

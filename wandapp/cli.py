@@ -29,18 +29,22 @@ from wandapp.cli_options import (
     Json,
     ModelArgument,
     Private,
+    PrunedFolder,
     PushToHub,
     RequireSparse,
+    Skip,
+    Sparsity,
     Track,
     with_flags_of,
 )
-from wandapp.config import PruneConfig
+from wandapp.config import RECIPE_FILE, PruneConfig
 from wandapp.console import Output, duration, speaks_for_all
 from wandapp.errors import WandappError
 
 app = typer.Typer(
     help="Prune large language models in one shot, and prove the pattern.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -85,13 +89,21 @@ def prune_command(
     if plan:
         return show_plan(recipe, output)
     packed, replaces = cli_packed.check_packed_output(recipe, resume) if pack else (None, False)
-    cli_hub.check_push(push_to_hub)
+    cli_hub.check_push(push_to_hub, private)
+    _warn_of_unread(recipe.method, options, output)
     report = run_recipe(recipe, output, track or (), resume=resume)
     if not speaks_for_all():
         return
     sizes = {"packed": cli_packed.pack_and_show(Path(recipe.out), packed, output, overwrite=replaces)} if packed else {}
     pushed = cli_hub.push_and_show(recipe.out, push_to_hub, private, output)
     output.finish({"model": recipe.model, "out": recipe.out, **report.to_dict(), **sizes, **pushed})
+
+
+def _warn_of_unread(method: str, options: dict[str, Any], output: Output) -> None:
+    from wandapp.methods import unread
+
+    for option, readers in unread(method, options).items():
+        output.warn(f"--{option.replace('_', '-')} is an option of {' and '.join(readers)}; {method} does not read it")
 
 
 def run_recipe(recipe: PruneConfig, output: Output, trackers: Sequence[str] = (), *, resume: bool = False) -> Any:
@@ -177,9 +189,9 @@ def summary(recipe: PruneConfig, report: Any) -> dict[str, str]:
 
 @app.command("verify")
 def verify_command(
-    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
-    sparsity: Annotated[str | None, typer.Option(help="pattern to check; left out: the folder's own recipe")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="regular expression of linear maps left out")] = None,
+    folder: PrunedFolder,
+    sparsity: Sparsity = None,
+    skip: Skip = None,
     json_only: Json = False,
 ) -> None:
     """Check that every linear map holds the pattern; exit 1 and name the first place where one does not."""
@@ -188,8 +200,8 @@ def verify_command(
     from wandapp.weight_files import is_packed, refuse_special_files
 
     refuse_special_files(folder)
-    output, path = Output(json_only), folder / "wandapp" / "recipe.yaml"
-    recipe = PruneConfig.from_yaml(path) if sparsity is None or path.is_file() else None
+    output, has_recipe = Output(json_only), (folder / RECIPE_FILE).is_file()
+    recipe = PruneConfig.of_checkpoint(folder) if sparsity is None or has_recipe else None
     if recipe and sparsity is None:
         sparsity, skip = recipe.sparsity, skip or list(recipe.skip)
     is_allocated = recipe is not None and recipe.is_allocated

@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
+from wandapp.cli_options import Device, Json, writable
 from wandapp.cli_packed import bench
 from wandapp.console import Output
 from wandapp.errors import WandappError, nearest
-
-Json = Annotated[bool, typer.Option("--json", help="last line of stdout is one JSON object; all else goes to stderr")]
 
 
 @bench.command("kernels")
@@ -24,10 +23,10 @@ def bench_kernels_command(
     only: Annotated[list[str] | None, typer.Option(help="a group of ops, e.g. selection; may be repeated")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="cpu, triton or cuda; left out: all that run here")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="of the weights [float32 bfloat16]; may be repeated")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    device: Device = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="torch's threads on the CPU")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="turns that every case gets, slow ones fewer")] = 15,
-    out: Annotated[Path | None, typer.Option(help="write the figures to this file, as JSON")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the figures to this file, as JSON", callback=writable)] = None,
     json_only: Json = False,
 ) -> None:
     """Time every op and backend on a model's real layer shapes, beside a copy and beside torch's operations."""

@@ -36,9 +36,11 @@ def eval_command(
     json_only: Json = False,
 ) -> None:
     """Measure perplexity and task accuracy, and state everything the figures depend on."""
-    from wandapp.evaluation import EvalOptions, base_of, evaluate_checkpoint, keep_figures
+    from wandapp.evaluation import EvalOptions, base_of, check_keeping, evaluate_checkpoint, keep_figures
 
     output = Output(json_only)
+    if save:
+        check_keeping(model)
     names = tuple(name for given in tasks or () for name in given.split(",") if name)
     texts = tuple(text or (() if names else ("wikitext2",)))
     options = EvalOptions(texts, seq_len, windows, batch_size, names, num_fewshot, limit, dtype, device)

@@ -7,6 +7,7 @@ import typer
 
 from wandapp.cli_options import Json, Private
 from wandapp.console import Output
+from wandapp.errors import WandappError
 
 commands = typer.Typer()
 
@@ -23,8 +24,10 @@ def push_command(
     output.finish({"folder": str(folder), **push_and_show(folder, repo, private, output)})
 
 
-def check_push(repo: str | None) -> None:
+def check_push(repo: str | None, private: bool) -> None:
     """Raises early, before the work, where --push-to-hub could not be done after it."""
+    if repo is None and private:
+        raise WandappError("--private is of the repository of --push-to-hub OWNER/NAME, which was not given")
     if repo is not None:
         from wandapp.hub import check_push
 

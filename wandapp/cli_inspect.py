@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wandapp.cli_options import Json
+from wandapp.cli_options import Json, Skip
 from wandapp.console import Output
 
 commands = typer.Typer()
@@ -16,7 +16,7 @@ commands = typer.Typer()
 def inspect_command(
     folder: Annotated[Path, typer.Argument(help="folder of a checkpoint, dense or packed")],
     layers: Annotated[bool, typer.Option("--layers", help="one line per linear map, not per kind")] = False,
-    skip: Annotated[list[str] | None, typer.Option(help="regular expression of linear maps left out")] = None,
+    skip: Skip = None,
     json_only: Json = False,
 ) -> None:
     """Show the zeros of a checkpoint, the n:m patterns that hold, and which products a GPU's 2:4 libraries would take."""

@@ -2,12 +2,16 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
+from wandapp.errors import WandappError, compiled
 from wandapp.options import Options
+
+PICTURES = (".png", ".svg", ".pdf")
 
 Json = Annotated[bool, typer.Option("--json", help="last line of stdout is one JSON object; all else goes to stderr")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a folder that wandapp wrote")]
@@ -22,6 +26,30 @@ RequireSparse = Annotated[
     bool, typer.Option("--require-sparse", help="refuse a model of which some packed linear map would run dense")
 ]
 ModelArgument = Annotated[str, typer.Argument(help="hub id, local folder, .gguf file, or smollm2")]
+PrunedFolder = Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")]
+Sparsity = Annotated[str | None, typer.Option(help="pattern it holds; left out: the folder's own recipe")]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="regular expression of linear maps that stay dense; may be repeated",
+        callback=lambda given: given and [compiled(expression).pattern for expression in given],
+    ),
+]
+
+
+def writable(path: Path | None) -> Path | None:
+    """A file to be written after the work: refused before it where it could not be. A typer callback."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        reason = "it is a folder" if path.is_dir() else f"{path.parent} is no folder"
+        raise WandappError(f"{path}: cannot be written, {reason}; choose another place")
+    return path
+
+
+def picture(path: Path | None) -> Path | None:
+    """`writable` for a plot."""
+    if path is not None and path.suffix not in PICTURES:
+        raise WandappError(f"{path}: a plot is written as {' or '.join(PICTURES)}; choose such a name")
+    return writable(path)
 
 
 def with_flags_of(kind: type[Options], leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 import typer
 
 from wandapp import cli_hub
-from wandapp.cli_options import Device, Dtype, Json, Overwrite, Private, PushToHub, RequireSparse
+from wandapp.cli_options import (
+    Device,
+    Dtype,
+    Json,
+    Overwrite,
+    Private,
+    PrunedFolder,
+    PushToHub,
+    RequireSparse,
+    Skip,
+    Sparsity,
+    picture,
+)
 from wandapp.console import Output
 
 commands = typer.Typer()
@@ -15,10 +27,10 @@ commands = typer.Typer()
 
 @commands.command("pack")
 def pack_command(
-    folder: Annotated[Path, typer.Argument(help="folder of a pruned checkpoint")],
+    folder: PrunedFolder,
     out: Annotated[Path, typer.Argument(help="folder for the packed checkpoint")],
-    sparsity: Annotated[str | None, typer.Option(help="pattern it holds; left out: the folder's own recipe")] = None,
-    skip: Annotated[list[str] | None, typer.Option(help="regular expression of linear maps kept dense")] = None,
+    sparsity: Sparsity = None,
+    skip: Skip = None,
     storage: Annotated[
         str, typer.Option(help="same, or int8: a byte per kept weight and a scale per row; lossy")
     ] = "same",
@@ -29,7 +41,7 @@ def pack_command(
 ) -> None:
     """Store a pruned checkpoint as kept weights and bitmasks, about half the size."""
     output = Output(json_only)
-    cli_hub.check_push(push_to_hub)
+    cli_hub.check_push(push_to_hub, private)
     sizes = pack_and_show(folder, out, output, sparsity, tuple(skip) if skip else None, overwrite, storage)
     output.finish({**sizes, **cli_hub.push_and_show(out, push_to_hub, private, output)})
 
@@ -132,7 +144,7 @@ def bench_inference_command(
     rounds: Annotated[int, typer.Option(min=1, help="turns that dense and sparse take")] = 3,
     require_sparse: RequireSparse = False,
     compare: Annotated[list[Peer] | None, typer.Option(help="measure another runtime too: llama.cpp")] = None,
-    plot: Annotated[Path | None, typer.Option(help="write a plot (.png or .svg)")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write a plot (.png or .svg)", callback=picture)] = None,
     json_only: Json = False,
 ) -> None:
     """Compare dense and sparse: load time, memory, prefill, decode, kernels, agreement.

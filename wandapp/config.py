@@ -5,14 +5,16 @@ resolved form: `wandapp prune --config OUT/wandapp/recipe.yaml --out NEW` repeat
 """
 
 import re
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from wandapp.errors import WandappError, shorten
+from wandapp.errors import WandappError, compiled, nearest_folder
 from wandapp.options import Options
 from wandapp.pattern import SparsityPattern
 
+RECIPE_FILE = "wandapp/recipe.yaml"
 MAX_COUNT = 10**7  # of samples, and of tokens in one: what a typing error exceeds, and a mistake may ask memory for
 _DTYPE_SYNONYMS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
 
@@ -130,6 +132,22 @@ class PruneConfig(Options):
     )
     admm_iterations: int = Field(16, ge=1, description="iterations of admm; each costs one product with the Hessian")
 
+    @classmethod
+    def of_checkpoint(cls, folder: str | Path) -> Self:
+        """What a pruned checkpoint says of itself in wandapp/recipe.yaml.
+
+        raises  WandappError where the folder or its recipe is not there
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise WandappError(f"{folder}: no such folder; {nearest_folder(folder) or 'check the path'}")
+        if not (folder / RECIPE_FILE).is_file():
+            raise WandappError(
+                f"{folder}: no {RECIPE_FILE} says what was pruned; take a folder that wandapp prune wrote, or (verify, pack) "
+                "give --sparsity, e.g. --sparsity 2:4"
+            )
+        return cls.from_yaml(folder / RECIPE_FILE)
+
     @property
     def pattern(self) -> SparsityPattern:
         """The parsed `sparsity`."""
@@ -190,10 +208,7 @@ class PruneConfig(Options):
     @classmethod
     def _valid_expressions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for expression in value:
-            try:
-                re.compile(expression)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"{shorten(repr(expression))} is no regular expression, {error}") from None
+            compiled(expression)
         return value
 
 

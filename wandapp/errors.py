@@ -1,7 +1,9 @@
 """Errors a user can act on. Each is one sentence: the place, the rule, the value received, the way out."""
 
 import difflib
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class WandappError(ValueError):
@@ -47,6 +49,24 @@ def nearest(name: str, valid: Iterable[str], limit: int = 100) -> str:
         if close
         else f"valid: {', '.join(valid[:limit])}{', ...' if len(valid) > limit else ''}"
     )
+
+
+def nearest_folder(folder: Path, more: Iterable[str] = ()) -> str:
+    """Text that proposes the folder beside an absent one, or the name of `more`, that was probably meant; "" for none."""
+    try:
+        beside = [str(folder.with_name(path.name)) for path in folder.absolute().parent.iterdir() if path.is_dir()]
+    except (OSError, ValueError):  # of a name that no folder can have
+        beside = []
+    close = difflib.get_close_matches(str(folder)[:200], [*beside, *more], n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def compiled(expression: str) -> re.Pattern:
+    """The regular expression that a user wrote."""
+    try:
+        return re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise WandappError(f"{shorten(repr(expression))} is no regular expression, {error}") from None
 
 
 def shorten(text: object, limit: int = 200) -> str:

@@ -85,11 +85,16 @@ def base_of(reference: str) -> str:
     return model
 
 
+def check_keeping(folder: str | Path) -> None:
+    """Raise where `keep_figures` could not keep any."""
+    if not (Path(folder) / "wandapp" / "recipe.yaml").is_file():
+        raise WandappError(f"{folder}: --save keeps figures beside a checkpoint that wandapp wrote, and this is none")
+
+
 def keep_figures(folder: str | Path, figures: dict[str, Any]) -> None:
     """Appends the figures to FOLDER/wandapp/eval.jsonl and writes the model card anew with them."""
     folder = Path(folder)
-    if not (folder / "wandapp" / "recipe.yaml").is_file():
-        raise WandappError(f"{folder}: --save keeps figures beside a checkpoint that wandapp wrote, and this is none")
+    check_keeping(folder)
     with (folder / "wandapp" / "eval.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(figures) + "\n")
     refresh_card(folder)

@@ -72,23 +72,29 @@ def export_torch_24(
     raises  WandappError where there is nothing to compress
     """
     with tempfile.TemporaryDirectory() as scratch:
+        packed = source
         if not is_packed(source):
-            pack_checkpoint(source, Path(scratch) / "packed")
-            source = Path(scratch) / "packed"
-        checkpoint = PackedCheckpoint(source)
-        return _export(checkpoint, Path(out), None if dtype is None else resolve_dtype(dtype), overwrite, on_progress)
+            packed = Path(scratch) / "packed"
+            pack_checkpoint(source, packed)
+        checkpoint = PackedCheckpoint(packed)
+        return _export(
+            source, checkpoint, Path(out), None if dtype is None else resolve_dtype(dtype), overwrite, on_progress
+        )
 
 
 def _export(
-    checkpoint: PackedCheckpoint, out: Path, dtype: torch.dtype | None, overwrite: bool, on_progress: Progress | None
+    source: str | Path,
+    checkpoint: PackedCheckpoint,
+    out: Path,
+    dtype: torch.dtype | None,
+    overwrite: bool,
+    on_progress: Progress | None,
 ) -> ExportSummary:
     summary = ExportSummary()
     compressed = _compressible(checkpoint, dtype, summary)
     if not compressed:
         reasons = "; ".join(f"{len(names)} {reason}" for reason, names in summary.left_dense.items())
-        raise WandappError(
-            f"{checkpoint.folder}: no linear map can be compressed for torch ({reasons or 'it has none'})"
-        )
+        raise WandappError(f"{source}: no linear map can be compressed for torch ({reasons or 'it has none'})")
     groups: dict[Path, list[str]] = {}
     for tensor in checkpoint.tensors:
         groups.setdefault(checkpoint.path_of_tensor(tensor), []).append(tensor)

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from wandapp.errors import WandappError
+from wandapp.errors import WandappError, nearest_folder
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "wandapp/*"]
 _UNWANTED = ["consolidated*", "original/*", "onnx/*", "openvino/*", "*.gguf"]  # the weights again, in another form
@@ -51,10 +51,11 @@ def download(repo: str) -> Path:
         folder = Path(getattr(error, "snapshot_path", ""))  # of a part of it in the cache, where that is why it failed
         if folder == Path():
             why = offline or _first_line(error)
+            hint = nearest_folder(Path(repo), ["smollm2"]) or "or give a local folder"
             kept = f"and the cache {constants.HF_HUB_CACHE} holds nothing of it" if offline else ""
             raise WandappError(
                 f"{repo}: neither a local folder nor a hub model that can be fetched "
-                f"({' '.join(filter(None, (why, kept)))}); check the name and the connection, or give a local folder"
+                f"({' '.join(filter(None, (why, kept)))}); check the name and the connection, {hint}"
             ) from error
     if missing := missing_files(folder):
         raise WandappError(

@@ -8,6 +8,7 @@ Merging writes W + mask * (B A) * alpha / r, so the pattern of W is the pattern 
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wandapp.blocks import LinearView, find_blocks, find_linears
-from wandapp.errors import WandappError
+from wandapp.errors import WandappError, compiled
 from wandapp.recover_config import RecoverConfig
 
 _ADAPTER = "default"
@@ -31,7 +32,7 @@ class MaskedLora(LoraLinear):
     base_layer  nn.Linear [out, in] or GPT-2's Conv1D [in, out]; its zeros are noted here
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **options):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any):
         super().__init__(base_layer, adapter_name, **options)
         self.transposed = not isinstance(base_layer, nn.Linear)
         self.register_buffer("mask", base_layer.weight.detach() != 0, persistent=False)
@@ -76,7 +77,7 @@ def choose_targets(model: nn.Module, targets: str) -> list[str]:
     elif targets == "qv":
         chosen = [name for name in names if _QUERY_VALUE.search(name)]
     else:
-        chosen = [name for name in names if _compiled(targets).search(name)]
+        chosen = [name for name in names if compiled(targets).search(name)]
     if not chosen:
         raise WandappError(
             f"--targets {targets!r} matches no linear map of {type(model).__name__}; its last block has "
@@ -88,13 +89,6 @@ def choose_targets(model: nn.Module, targets: str) -> list[str]:
 def _takes_adapter(model: nn.Module, view: LinearView) -> bool:
     module = None if view.is_expert else model.get_submodule(view.name)
     return isinstance(module, nn.Linear) or view.transposed and module is not None
-
-
-def _compiled(expression: str) -> re.Pattern:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise WandappError(f"--targets {expression!r} is no regular expression, {error}") from None
 
 
 def add_adapters(model: nn.Module, config: RecoverConfig) -> list[str]:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 from wandapp.conversion import whole_parameters
-from wandapp.errors import WandappError, shorten
+from wandapp.errors import WandappError, nearest_folder, shorten
 from wandapp.hub import download
 from wandapp.output import output_folder, write_files
 from wandapp.weight_files import (
@@ -188,7 +188,8 @@ def _locate(reference: str) -> tuple[str, str | None]:
     if is_broken:
         raise WandappError(f"{reference}: a link to nothing; check where it points")
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1 and "/" in reference:
-        raise WandappError(f"{reference}: no such folder; give a local folder, a .gguf file, a hub id or smollm2")
+        hint = nearest_folder(path) or "give a local folder, a .gguf file, a hub id or smollm2"
+        raise WandappError(f"{reference}: no such folder; {hint}")
     return str(download(reference)), None
 
 

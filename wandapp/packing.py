@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wandapp.blocks import LinearView, find_blocks, find_linears
 from wandapp.card import PACKED_NOTE
-from wandapp.config import PruneConfig
+from wandapp.config import RECIPE_FILE, PruneConfig
 from wandapp.conversion import Home, tensor_homes
 from wandapp.errors import WandappError, nearest
 from wandapp.kernels.pack import Packed, pack
@@ -313,13 +313,11 @@ def _save(tensors: Shard, path: Path) -> None:
     give_back()
 
 
-def _what_was_pruned(source: Path, sparsity, skip) -> tuple[SparsityPattern, tuple[str, ...]]:
-    recipe_file = source / "wandapp" / "recipe.yaml"
-    if sparsity is None and not recipe_file.is_file():
-        raise WandappError(
-            f"{source}: no wandapp/recipe.yaml says what was pruned; give --sparsity, e.g. --sparsity 2:4"
-        )
-    recipe = PruneConfig.from_yaml(recipe_file) if recipe_file.is_file() else None
+def _what_was_pruned(
+    source: Path, sparsity: str | None, skip: Sequence[str] | None
+) -> tuple[SparsityPattern, tuple[str, ...]]:
+    wanted = sparsity is None or (source / RECIPE_FILE).is_file()
+    recipe = PruneConfig.of_checkpoint(source) if wanted else None
     pattern = SparsityPattern.parse(recipe.sparsity if sparsity is None else sparsity)
     return pattern, tuple((recipe.skip if recipe else ()) if skip is None else skip)
 

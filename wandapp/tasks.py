@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from torch import nn
+from torch import Tensor, nn
 
 from wandapp.corpus import first_line
 from wandapp.errors import WandappError, nearest
@@ -134,11 +134,13 @@ class _WatchedModel(HFLM):
 
     on_progress: Callable[[int, int], None] | None = None
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
         self._done, self._requests = 0, len(requests)
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
-    def _model_call(self, inps, *args, **kwargs):
+    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         logits = super()._model_call(inps, *args, **kwargs)
         self._done = min(self._done + len(inps), self._requests)
         if self.on_progress:
@@ -184,7 +186,7 @@ def _load(names: list[str], local: dict[str, str]) -> dict:
         if name not in manager.task_index:
             raise WandappError(
                 f"task {name!r} is neither a preset ({', '.join(PRESETS)}), a YAML file, nor one of lm-eval's; "
-                f"{nearest(name, manager.task_index, limit=8)}"
+                f"{nearest(name, (*PRESETS, *manager.task_index), limit=8)}"
             )
     try:
         return manager.load(names)

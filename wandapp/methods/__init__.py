@@ -1,5 +1,7 @@
 """Methods and refiners by name. `method[+refiner]...`, e.g. "wanda", "sparsegpt+ro", "wanda++"."""
 
+from collections.abc import Iterable
+
 from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
 from wandapp.errors import WandappError, nearest, shorten
@@ -25,6 +27,13 @@ METHODS: dict[str, type[Method]] = {
 }
 REFINERS = {"ro": RegionalOptimisation, "reconstruct": Reconstruction}
 ALIASES = {"wanda++": "rgs+ro"}
+# Who reads an option that does not begin with the name of its only reader.
+_READERS = {
+    "alpha": ("rgs", "gblm"),
+    "alpha_unit": ("rgs",),
+    "regional_loss": ("rgs",),
+    "damping": ("sparsegpt", "admm"),
+}
 
 
 def resolve(name: str) -> tuple[str, ...]:
@@ -38,6 +47,17 @@ def resolve(name: str) -> tuple[str, ...]:
                 f"method {shorten(name)!r}: refiner {shorten(refiner)!r} does not exist; {nearest(refiner, REFINERS)}"
             )
     return method, *refiners
+
+
+def unread(name: str, options: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Those of `options` that the method `name` does not read, and the methods or refiners that do."""
+    used, found = set(resolve(name)), {}
+    for option in options:
+        owner = option.partition("_")[0]
+        readers = _READERS.get(option) or ((owner,) if owner in METHODS | REFINERS else ())
+        if readers and not used & set(readers):
+            found[option] = readers
+    return found
 
 
 def create(config: PruneConfig, ranks: Ranks) -> Method:
