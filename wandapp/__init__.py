@@ -8,6 +8,7 @@ Public names are imported when first used, so `import wandapp` and `wandapp --he
 """
 
 from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -39,7 +40,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'wandapp' has no attribute {name!r}; public names: {', '.join(_HOME)}")
     return getattr(import_module(_HOME[name]), name)

@@ -121,7 +121,7 @@ class TorchModel:
         """Greedy continuation [batch, new_tokens], and the milliseconds from each forward's end to the next one's."""
         ends: list[float] = []
 
-        def on_forward(*_) -> None:
+        def on_forward(*_: Any) -> None:
             _wait_for(tokens.device)
             ends.append(time.perf_counter())
 

@@ -64,7 +64,7 @@ class RecordedCall:
     def to(self, device: torch.device, moved: dict[int, Tensor]) -> "RecordedCall":
         """The same on `device`; `moved` (by identity) keeps tensors that blocks share shared."""
 
-        def move(value):
+        def move(value: Any) -> Any:
             return moved.setdefault(id(value), value.to(device)) if isinstance(value, Tensor) else value
 
         return RecordedCall(tree_map(move, self.args), tree_map(move, self.kwargs), self.hidden_keyword)
@@ -95,7 +95,7 @@ class _Watch(TorchFunctionMode):
         self.views, self.observer, self.last, self.leaves = views, observer, last, leaves
         self.leaf_names: set[str] = set()
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         positions = _PRODUCTS.get(func)
         view = None
         if positions and len(args) > positions[1] and args[positions[1]].dim() == 2:
@@ -307,14 +307,14 @@ class Recording:
 
 
 @contextmanager
-def _replaced_forwards(blocks: nn.ModuleList, replace: Callable[[int, Tensor, RecordedCall], Tensor]):
+def _replaced_forwards(blocks: nn.ModuleList, replace: Callable[[int, Tensor, RecordedCall], Tensor]) -> Iterator[None]:
     """Makes each block return replace(index, hidden states, other arguments), in the form its own forward returns."""
     wrappers: list[Callable] = []  # some models index a block's output, so its form must be kept
 
-    def install(index: int, block: nn.Module):
+    def install(index: int, block: nn.Module) -> None:
         original = block.forward
 
-        def forward(*args, **kwargs):
+        def forward(*args: Any, **kwargs: Any) -> Any:
             keyword = None if args else "hidden_states"
             hidden = args[0] if args else kwargs[keyword]
             rest = {key: value for key, value in kwargs.items() if key != keyword}

@@ -6,11 +6,11 @@ opens every document with its BOS token, a GPT-2 tokenizer adds nothing. Nothing
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tokenize import TokenError
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class Calibration(NamedTuple):
 
 def load_calibration(
     source: str | Path | Tensor,
-    tokenizer,
+    tokenizer: Any | None,
     *,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -126,7 +126,7 @@ def save_tokens(tokens: Tensor, path: str | Path, origin: str | None = None) -> 
 # Taking samples from text
 
 
-def _draw(corpus: Corpus, tokenizer, samples: int, seq_len: int, generator) -> tuple[Tensor, str]:
+def _draw(corpus: Corpus, tokenizer: Any, samples: int, seq_len: int, generator: torch.Generator) -> tuple[Tensor, str]:
     """Crops of distinct documents where enough of them are long, else windows of the whole text."""
     source = ", ".join(filter(None, [corpus.name, corpus.split]))
     reason = ""
@@ -142,7 +142,9 @@ def _draw(corpus: Corpus, tokenizer, samples: int, seq_len: int, generator) -> t
     return tokens, f"{source}: {samples} random windows of {seq_len} tokens, without overlap, of {text}{reason}"
 
 
-def _crops(documents, tokenizer, samples: int, seq_len: int, generator) -> list[list[int]]:
+def _crops(
+    documents: Sequence[str | None], tokenizer: Any, samples: int, seq_len: int, generator: torch.Generator
+) -> list[list[int]]:
     """Up to `samples` random crops, each of another document with more than seq_len tokens."""
     crops = []
     order = torch.randperm(len(documents), generator=generator).tolist()
@@ -158,7 +160,9 @@ def _crops(documents, tokenizer, samples: int, seq_len: int, generator) -> list[
     return crops
 
 
-def _windows(corpus: Corpus, tokenizer, samples: int, seq_len: int, generator) -> tuple[Tensor, str]:
+def _windows(
+    corpus: Corpus, tokenizer: Any, samples: int, seq_len: int, generator: torch.Generator
+) -> tuple[Tensor, str]:
     """Windows that do not overlap, every placement equally likely, in random order; and what they were cut from."""
     text, what = corpus.text, "the text"
     longest = samples * seq_len * _CHARACTERS_PER_TOKEN
@@ -179,7 +183,7 @@ def _windows(corpus: Corpus, tokenizer, samples: int, seq_len: int, generator) -
     return ids[starts[:, None] + torch.arange(seq_len)], what
 
 
-def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: Any | None, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, with the tokenizer's default special tokens."""
     if tokenizer is None:
         raise WandappError("text needs a tokenizer, got none; pass one, or give token ids [samples, seq_len]")
@@ -191,7 +195,14 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 # Text written by the model
 
 
-def _own_text(model, tokenizer, samples: int, seq_len: int, generator, on_progress) -> tuple[Tensor, str]:
+def _own_text(
+    model: nn.Module | None,
+    tokenizer: Any | None,
+    samples: int,
+    seq_len: int,
+    generator: torch.Generator,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[Tensor, str]:
     """Samples at temperature 1 that start with BOS, or a random token where there is none, and run past any EOS."""
     if model is None:
         raise WandappError("calibration 'self' needs the model, got none; pass it, or choose another source")
@@ -209,7 +220,7 @@ def _own_text(model, tokenizer, samples: int, seq_len: int, generator, on_progre
     return torch.cat(texts), how
 
 
-def _continue(model, tokens: Tensor, seq_len: int, generator) -> Tensor:
+def _continue(model: nn.Module, tokens: Tensor, seq_len: int, generator: torch.Generator) -> Tensor:
     """`tokens` [batch, 1] sampled on to seq_len. model.generate would obey the checkpoint's top-k and penalties."""
     device, cache = model.get_input_embeddings().weight.device, None
     with inference(model):

@@ -6,9 +6,9 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from wandapp.errors import WandappError, nearest, shorten
 
@@ -127,7 +127,7 @@ def _c4(part: str) -> Corpus:
 _NAMED = {"pydoc": _pydoc, "c4": _c4, "wikitext2": _wikitext2}
 
 
-def _hub(dataset: str, split: str, text_field: str, **options) -> Corpus:
+def _hub(dataset: str, split: str, text_field: str, **options: Any) -> Corpus:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -227,7 +227,7 @@ def _decompress(path: Path) -> bytes:
     return data
 
 
-def _require_field(place: str, field: str, available) -> None:
+def _require_field(place: str, field: str, available: Collection[str]) -> None:
     if field not in available:
         names = ", ".join(available) or "none"
         raise WandappError(f"{place}: no field {field!r}, the fields are: {names}; choose one with --text-field")

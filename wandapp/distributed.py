@@ -9,10 +9,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -104,7 +105,9 @@ class Ranks:
     def __enter__(self) -> "Ranks":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         pass
 
 
@@ -187,7 +190,9 @@ class _Job(Ranks):
                 "library versions and thread count, then run again with --resume"
             )
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Waits for all ranks, or tells them why not. Only one rank lets its error through: the others exit with 2."""
         if error is None:
             try:
@@ -216,7 +221,7 @@ def _attempt(size: int) -> str:
 
 
 @contextmanager
-def _lost_rank_named():
+def _lost_rank_named() -> Iterator[None]:
     """torch.distributed reports a peer that is gone in its transport's words."""
     try:
         yield
@@ -231,7 +236,7 @@ def _lost_rank_named():
 class _Pulse(threading.Thread):
     """Shows the others that this rank is alive, watches the next rank, and ends this process once the job has failed."""
 
-    def __init__(self, store, rank: int, size: int):
+    def __init__(self, store: Any, rank: int, size: int):
         super().__init__(daemon=True, name="wandapp-pulse")
         self.store, self.rank, self.watched = store, rank, (rank + 1) % size
         self._stopped = threading.Event()

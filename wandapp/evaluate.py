@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class _Windows:
 
 def perplexity(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any | None,
     *,
     text: str | Path = "wikitext2",
     seq_len: int | None = None,
@@ -117,7 +118,7 @@ def perplexity(
     )
 
 
-def _cut(source: str | Path, tokenizer, seq_len: int | None, text_field: str) -> _Windows:
+def _cut(source: str | Path, tokenizer: Any | None, seq_len: int | None, text_field: str) -> _Windows:
     """All windows of the text."""
     corpus = read_corpus(source, "evaluation", text_field)
     seq_len, text = seq_len or DEFAULT_SEQ_LEN, corpus.text
@@ -139,7 +140,9 @@ def _given_windows(path: str | Path, seq_len: int | None) -> _Windows:
     return _Windows(ids, str(path), "", ids_sha256(ids))
 
 
-def _negative_log_likelihood(model: nn.Module, ids: Tensor, batch_size: int, on_progress) -> float:
+def _negative_log_likelihood(
+    model: nn.Module, ids: Tensor, batch_size: int, on_progress: Callable[[int, int], None] | None
+) -> float:
     """Sum over all windows and all their tokens but the first: losses in fp32, their sum in fp64."""
     device = model.get_input_embeddings().weight.device
     total, done = 0.0, 0

@@ -62,7 +62,13 @@ def prune_checkpoint(
             return _prune(config, run, ranks, on_progress, say)
 
 
-def _prune(config: PruneConfig, run: RunFolder, ranks: Ranks, on_progress, say) -> PruneReport:
+def _prune(
+    config: PruneConfig,
+    run: RunFolder,
+    ranks: Ranks,
+    on_progress: Callable[[Progress], None] | None,
+    say: Callable[[str], None],
+) -> PruneReport:
     store, tokenizer = _open(config, run, ranks, say)
 
     def begin(report: PruneReport) -> None:
@@ -88,7 +94,7 @@ def companion_files(config: PruneConfig, report: PruneReport) -> dict[str, str]:
     }
 
 
-def _open(config: PruneConfig, run: RunFolder, ranks: Ranks, say) -> tuple[ModelStore, Any]:
+def _open(config: PruneConfig, run: RunFolder, ranks: Ranks, say: Callable[[str], None]) -> tuple[ModelStore, Any]:
     """(store, tokenizer)."""
     options: dict[str, Any] = {"skip": config.skip, "device": resolve_device(config.device), "run": run}
     if not streams(config, say):
@@ -101,7 +107,7 @@ def _open(config: PruneConfig, run: RunFolder, ranks: Ranks, say) -> tuple[Model
     return ShardStore(checkpoint, config.pattern, **options), checkpoint.tokenizer
 
 
-def _as_safetensors(config: PruneConfig, run: RunFolder, ranks: Ranks, say) -> str | Path:
+def _as_safetensors(config: PruneConfig, run: RunFolder, ranks: Ranks, say: Callable[[str], None]) -> str | Path:
     """The model, or the folder that a .gguf file was converted to."""
     path = source_files(config.model)[0]
     if path.suffix != ".gguf":

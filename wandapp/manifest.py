@@ -5,13 +5,17 @@ import importlib.metadata
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wandapp.config import PruneConfig
 from wandapp.errors import WandappError, shorten
+
+if TYPE_CHECKING:
+    from wandapp.report import PruneReport
+    from wandapp.store import ModelStore
 
 MAX_BYTES = 16 << 20  # of a manifest; ours are a few kilobytes
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -92,7 +96,7 @@ class Manifest(BaseModel):
             )
 
 
-def describe_run(config: PruneConfig, report, store, files: list[Path]) -> Manifest:
+def describe_run(config: PruneConfig, report: "PruneReport", store: "ModelStore", files: list[Path]) -> Manifest:
     """The manifest of a run of this process.
 
     report, store   the run's PruneReport and block store, before any block is pruned

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _MADV_DONTNEED = 4  # sys/mman.h
 _CGROUP = Path("/sys/fs/cgroup")
@@ -38,7 +39,7 @@ def give_back() -> None:
         trim(0)
 
 
-def drop_pages(tensor) -> None:
+def drop_pages(tensor: Any) -> None:
     """Takes the pages of a tensor that is mapped from a file out of this process's memory; the file keeps its contents."""
     if madvise := _function("madvise"):
         madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), _MADV_DONTNEED)
@@ -50,7 +51,7 @@ def _set(values: dict[int, int]) -> None:
             mallopt(option, value)
 
 
-def _function(name: str):
+def _function(name: str) -> Any | None:
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 

@@ -5,6 +5,7 @@ runs; for more, panels of rows are unpacked into cache and multiplied densely (s
 """
 
 from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class SparseLinear(nn.Module):
         """No prepared call: `_run` is what `forward` calls, the others say what it was made for."""
         self._run = self._run_values = self._run_bias = self._run_dtype = None
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._forget()  # the memory may change
         scale, device = self._buffers["scale"], self.values.device
         super()._apply(fn, recurse)
@@ -95,7 +96,7 @@ class SparseLinear(nn.Module):
         return self.routes is not None and dispatch.forced_backend() is None
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """linear(x, module, bias) and x @ module, as if the module were its weight: so experts run (`SparseExperts`)."""
         x, module, *bias = args
         if (

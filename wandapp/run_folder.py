@@ -12,11 +12,12 @@ result is the same, bit for bit.
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -74,7 +75,9 @@ class RunFolder:
             if not self.resume:
                 clear(self.partial)
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._writer.shutdown()
         if self.ranks.is_first and self.partial.is_dir() and not self._count():
             discard(self.partial)
@@ -185,7 +188,7 @@ class RunFolder:
         )
 
     @contextmanager
-    def disk(self, problem: str):
+    def disk(self, problem: str) -> Iterator[None]:
         """Turns what the disk raises into one sentence that says what was kept."""
         try:
             yield

@@ -11,6 +11,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterable, Mapping
+from io import RawIOBase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ class ShardReader:
         try:
             with open(stored.path, "rb", buffering=0) as file:
                 file.seek(stored.offset)
-                _fill(memoryview(_bytes(tensor)), file)
+                _fill(_bytes(tensor), file)
         except OSError as error:
             raise WandappError(f"{stored.path}: cannot be read ({error.strerror}); check the disk") from error
         except EOFError:
@@ -97,7 +98,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         with open(unfinished, "wb", buffering=0) as file:
             _write(file, struct.pack("<Q", len(text)) + text)
             for name in list(header)[1:]:
-                _write(file, memoryview(_bytes(tensors[name].detach().to("cpu").contiguous())))
+                _write(file, _bytes(tensors[name].detach().to("cpu").contiguous()))
             os.fsync(file.fileno())
         unfinished.rename(path)
         _flush_folder(path.parent)
@@ -117,12 +118,12 @@ def write_index(folder: Path, paths: Iterable[Path]) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _bytes(tensor: Tensor):
-    """The memory of a contiguous tensor as a numpy array of bytes."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _fill(buffer: memoryview, file) -> None:
+def _fill(buffer: memoryview, file: RawIOBase) -> None:
     """Read until the buffer is full; one call reads at most 2 GiB."""
     done = 0
     while done < len(buffer):
@@ -132,7 +133,7 @@ def _fill(buffer: memoryview, file) -> None:
         done += count
 
 
-def _write(file, data) -> None:
+def _write(file: RawIOBase, data: bytes | memoryview) -> None:
     view, done = memoryview(data), 0
     while done < len(view):
         done += file.write(view[done : done + (1 << 30)])

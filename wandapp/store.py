@@ -162,7 +162,7 @@ class ModelStore:
         yield outer_tensors(self.model, self.prefix)
 
 
-def attention_flops_per_token(config, seq_len: int) -> float:
+def attention_flops_per_token(config: Any, seq_len: int) -> float:
     """Q K^T and P V of one block for one token, over the whole square as torch's FLOP counter counts it: 4 * T * heads * d."""
     fields, heads = config.get_text_config().to_dict(), query_heads(config)
     hidden = fields.get("hidden_size") or fields.get("n_embd") or 0

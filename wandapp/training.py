@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -127,7 +127,9 @@ def learning_rate_factor(step: int, steps: int, config: RecoverConfig) -> float:
     return {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[config.schedule]
 
 
-def _take_step(model: nn.Module, samples: Tensor, optimizer, config: RecoverConfig, index: int) -> Step:
+def _take_step(
+    model: nn.Module, samples: Tensor, optimizer: torch.optim.Optimizer, config: RecoverConfig, index: int
+) -> Step:
     """One optimiser step on samples [batch_size x accumulate, seq_len]."""
     started = time.perf_counter()
     device = model.get_input_embeddings().weight.device
@@ -184,7 +186,7 @@ def _restore(saved: dict[str, Tensor], trained: dict[str, Tensor], optimizer: to
         optimizer.state[parameter] = {"step": saved[f"step.{name}"], **moments}
 
 
-def _kept_lines(path: Path, steps: int):
+def _kept_lines(path: Path, steps: int) -> TextIO:
     """The loss file, open to append, without lines of steps after the saved state, which will be taken again."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if path.is_file() else []
     path.write_text("".join(lines), encoding="utf-8")

@@ -9,6 +9,7 @@ import re
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -79,7 +80,9 @@ class _readable:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(error, (SafetensorError, OSError)):
             reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
             reason = "a folder" if self.path.is_dir() else shorten(reason)

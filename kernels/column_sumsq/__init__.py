@@ -28,5 +28,5 @@ def _column_sumsq(x: Tensor, backend: str | None) -> Tensor:
 
 
 @_column_sumsq.register_fake
-def _(x, backend):
+def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32)

@@ -73,5 +73,5 @@ def _compensate_block_(
 
 
 @_compensate_block_.register_fake
-def _(weight, factor, n, m, mask, backend):
+def _(weight: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape, dtype=torch.bool), weight.new_empty(weight.shape)

@@ -156,7 +156,7 @@ def _pack(weight: Tensor, n: int | None, m: int | None, backend: str | None) -> 
 
 
 @_pack.register_fake
-def _(weight, n, m, backend):
+def _(weight: Tensor, n: int | None, m: int | None, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = weight.shape
     bitmask = weight.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
     if n is not None:
@@ -187,7 +187,18 @@ def _unpack(
 
 
 @_unpack.register_fake
-def _(values, bitmask, row_offsets, scale, rows, cols, n, m, dtype, trusted, backend):
+def _(
+    values: Tensor,
+    bitmask: Tensor,
+    row_offsets: Tensor | None,
+    scale: Tensor | None,
+    rows: int,
+    cols: int,
+    n: int | None,
+    m: int | None,
+    dtype: torch.dtype,
+    *_: object,
+) -> Tensor:
     return values.new_empty(rows, cols, dtype=dtype)
 
 

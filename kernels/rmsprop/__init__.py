@@ -55,5 +55,5 @@ def _rmsprop_(
 
 
 @_rmsprop_.register_fake
-def _(weight, gradient, mean_square, lr, decay, epsilon, backend):
+def _(*_: object) -> None:
     return None

@@ -191,18 +191,20 @@ def _prune_pack_nm_(
 
 @_select_nm.register_fake
 @_select_rows.register_fake
-def _(weight, *_):
+def _(weight: Tensor, *_: object) -> Tensor:
     return torch.empty_like(weight, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
 @_prune_nm_.register_fake
 @_prune_rows_.register_fake
-def _(weight, *_):
+def _(weight: Tensor, *_: object) -> Tensor:
     return weight.new_empty(weight.shape[0], (weight.shape[1] + 7) // 8, dtype=torch.uint8)
 
 
 @_prune_pack_nm_.register_fake
-def _(weight, column_scale, gradient, n, m, alpha, backend):
+def _(
+    weight: Tensor, column_scale: Tensor | None, gradient: Tensor | None, n: int, m: int, *_: object
+) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     return weight.new_empty(rows, cols // m * n), weight.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
 

@@ -7,29 +7,72 @@ from wandapp import _C
 from wandapp.kernels.native import DTYPE_CODES, address, instruction_set
 
 
-def select_nm_cpu(weight, column_scale, gradient, *, n, m, alpha, isa=None) -> tuple[Tensor, int]:
+def select_nm_cpu(
+    weight: Tensor,
+    column_scale: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    n: int,
+    m: int,
+    alpha: float,
+    isa: str | None = None,
+) -> tuple[Tensor, int]:
     mask, terms = torch.empty(weight.shape, dtype=torch.bool), _terms(weight, column_scale, gradient, alpha)
     return mask, _C.select_nm(terms, address(mask), False, 0, n, m, torch.get_num_threads(), instruction_set(isa))
 
 
-def select_rows_cpu(weight, column_scale, gradient, *, keep, alpha, isa=None) -> tuple[Tensor, int]:
+def select_rows_cpu(
+    weight: Tensor,
+    column_scale: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    keep: int,
+    alpha: float,
+    isa: str | None = None,
+) -> tuple[Tensor, int]:
     mask, terms = torch.empty(weight.shape, dtype=torch.bool), _terms(weight, column_scale, gradient, alpha)
     return mask, _C.select_rows(terms, address(mask), False, keep, torch.get_num_threads(), instruction_set(isa))
 
 
-def prune_nm_cpu(weight, column_scale, gradient, *, n, m, alpha, isa=None) -> tuple[Tensor, int]:
+def prune_nm_cpu(
+    weight: Tensor,
+    column_scale: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    n: int,
+    m: int,
+    alpha: float,
+    isa: str | None = None,
+) -> tuple[Tensor, int]:
     bitmask, terms = _empty_bitmask(weight), _terms(weight, column_scale, gradient, alpha)
     return bitmask, _C.select_nm(terms, address(bitmask), True, 0, n, m, torch.get_num_threads(), instruction_set(isa))
 
 
-def prune_pack_nm_cpu(weight, column_scale, gradient, *, n, m, alpha, isa=None) -> tuple[Tensor, Tensor, int]:
+def prune_pack_nm_cpu(
+    weight: Tensor,
+    column_scale: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    n: int,
+    m: int,
+    alpha: float,
+    isa: str | None = None,
+) -> tuple[Tensor, Tensor, int]:
     bitmask, terms = _empty_bitmask(weight), _terms(weight, column_scale, gradient, alpha)
     values = weight.new_empty(weight.shape[0], weight.shape[1] // m * n)
     where = (address(bitmask), True, address(values))
     return values, bitmask, _C.select_nm(terms, *where, n, m, torch.get_num_threads(), instruction_set(isa))
 
 
-def prune_rows_cpu(weight, column_scale, gradient, *, keep, alpha, isa=None) -> tuple[Tensor, int]:
+def prune_rows_cpu(
+    weight: Tensor,
+    column_scale: Tensor | None,
+    gradient: Tensor | None,
+    *,
+    keep: int,
+    alpha: float,
+    isa: str | None = None,
+) -> tuple[Tensor, int]:
     bitmask, terms = _empty_bitmask(weight), _terms(weight, column_scale, gradient, alpha)
     return bitmask, _C.select_rows(terms, address(bitmask), True, keep, torch.get_num_threads(), instruction_set(isa))
 

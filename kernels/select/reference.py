@@ -26,26 +26,36 @@ def first_nonfinite(scores: Tensor) -> int:
     return int(offenders[0]) if len(offenders) else -1
 
 
-def select_nm_reference(weight, column_scale, gradient, *, n, m, alpha) -> tuple[Tensor, int]:
+def select_nm_reference(
+    weight: Tensor, column_scale: Tensor | None, gradient: Tensor | None, *, n: int, m: int, alpha: float
+) -> tuple[Tensor, int]:
     scores = score(weight, column_scale, gradient, alpha)
     groups = scores.reshape(weight.shape[0], weight.shape[1] // m, m)
     return largest(groups, n).view(weight.shape), first_nonfinite(scores)
 
 
-def select_rows_reference(weight, column_scale, gradient, *, keep, alpha) -> tuple[Tensor, int]:
+def select_rows_reference(
+    weight: Tensor, column_scale: Tensor | None, gradient: Tensor | None, *, keep: int, alpha: float
+) -> tuple[Tensor, int]:
     scores = score(weight, column_scale, gradient, alpha)
     return largest(scores, keep), first_nonfinite(scores)
 
 
-def prune_nm_reference(weight, column_scale, gradient, *, n, m, alpha) -> tuple[Tensor, int]:
+def prune_nm_reference(
+    weight: Tensor, column_scale: Tensor | None, gradient: Tensor | None, *, n: int, m: int, alpha: float
+) -> tuple[Tensor, int]:
     return _zero_removed(weight, *select_nm_reference(weight, column_scale, gradient, n=n, m=m, alpha=alpha))
 
 
-def prune_rows_reference(weight, column_scale, gradient, *, keep, alpha) -> tuple[Tensor, int]:
+def prune_rows_reference(
+    weight: Tensor, column_scale: Tensor | None, gradient: Tensor | None, *, keep: int, alpha: float
+) -> tuple[Tensor, int]:
     return _zero_removed(weight, *select_rows_reference(weight, column_scale, gradient, keep=keep, alpha=alpha))
 
 
-def prune_pack_nm_reference(weight, column_scale, gradient, *, n, m, alpha) -> tuple[Tensor, Tensor, int]:
+def prune_pack_nm_reference(
+    weight: Tensor, column_scale: Tensor | None, gradient: Tensor | None, *, n: int, m: int, alpha: float
+) -> tuple[Tensor, Tensor, int]:
     mask, offender = select_nm_reference(weight, column_scale, gradient, n=n, m=m, alpha=alpha)
     bitmask, offender = _zero_removed(weight, mask, offender)
     return weight[mask].view(weight.shape[0], weight.shape[1] // m * n), bitmask, offender

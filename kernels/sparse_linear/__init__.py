@@ -69,5 +69,14 @@ def _sparse_linear(
 
 
 @_sparse_linear.register_fake
-def _(x, values, bitmask, row_offsets, scale, bias, rows, cols, n, m, backend):
+def _(
+    x: Tensor,
+    values: Tensor,
+    bitmask: Tensor,
+    row_offsets: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    *_: object,
+) -> Tensor:
     return x.new_empty(x.shape[0], rows)

@@ -12,6 +12,7 @@ answer is no, `torch._cslt_compress` makes the metadata.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from wandapp.kernels.pack import Packed, check_packed, pack, unpack
 PROBE_SHAPES = ((128, 128), (256, 384))
 
 
-def to_torch_semi_structured(weight) -> Tensor:
+def to_torch_semi_structured(weight: Any) -> Tensor:
     """A torch semi-structured tensor, usable as weight of F.linear, from a Packed or a module with one as `packed`.
 
     Never builds a dense weight, except on a GPU whose cuSPARSELt orders its metadata otherwise than we know: one then.

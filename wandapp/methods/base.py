@@ -5,9 +5,9 @@ A score-only method supplies `needs` and `terms`; a method that also changes the
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,20 @@ class BlockRecord:
     weights: int = 0
 
 
+class BlockStore(Protocol):
+    """What a method may ask of the dense model before the first block is pruned (wandapp.store.ModelStore)."""
+
+    linears: list[dict[str, LinearView]]  # of each block
+    device: torch.device
+    batch_size: int
+
+    def __len__(self) -> int: ...
+
+    def open_block(self, index: int) -> AbstractContextManager[DecoderBlock]: ...
+
+    def loss_gradient(self, tokens: Tensor, hidden: Tensor) -> Tensor: ...
+
+
 class Method:
     """A pruning method. One object prunes all blocks of a model, in order.
 
@@ -82,7 +96,7 @@ class Method:
         """The method whose score chooses: itself, unless it wraps another."""
         return self
 
-    def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
+    def prepare(self, store: BlockStore, tokens: Tensor, hidden: Tensor) -> float:
         """Called once, on the dense model in `store`, before any block is pruned; returns the FLOPs it spent.
 
         tokens [samples, seq_len], hidden [samples, seq_len, hidden_size] the first block's inputs; this rank's samples

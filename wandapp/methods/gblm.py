@@ -17,7 +17,7 @@ from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
 from wandapp.errors import WandappError
 from wandapp.memory import drop_pages
-from wandapp.methods.base import BlockRecord, Method, ScoreTerms
+from wandapp.methods.base import BlockRecord, BlockStore, Method, ScoreTerms
 from wandapp.methods.gradient_cache import GradientCache
 from wandapp.pattern import SparsityPattern
 from wandapp.shards import disk_tensor
@@ -38,7 +38,7 @@ class GBLM(Method):
         self._read: dict[str, Tensor] = {}  # the same from a cache, whose memory is not ours to give back
         self._note: str | None = None  # for the first block's record
 
-    def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
+    def prepare(self, store: BlockStore, tokens: Tensor, hidden: Tensor) -> float:
         if self.config.gblm_cache is None:
             return self._accumulate(store, tokens, hidden)
         if self.ranks.size > 1:
@@ -54,7 +54,7 @@ class GBLM(Method):
         self._note = f"gblm: the dense model's gradients were read from {cache.path}; this run's time is without them"
         return 0.0
 
-    def _accumulate(self, store, tokens: Tensor, hidden: Tensor) -> float:
+    def _accumulate(self, store: BlockStore, tokens: Tensor, hidden: Tensor) -> float:
         """Sums every sample's gradients; returns the FLOPs."""
         flops = 0.0
         batch_size = 1 if any(view.is_expert for view in store.linears[0].values()) else store.batch_size
@@ -75,7 +75,7 @@ class GBLM(Method):
         self._merge(store)
         return flops
 
-    def _merge(self, store) -> None:
+    def _merge(self, store: BlockStore) -> None:
         """Makes the sums those of all ranks' samples."""
         known = set().union(*self.ranks.gather(set(self._sums)))
         for linears in store.linears:

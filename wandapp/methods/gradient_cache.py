@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wandapp.errors import WandappError
+from wandapp.methods.base import BlockStore
 
 
 class GradientCache:
     """The entry of one dense model and its calibration tokens in `folder`."""
 
-    def __init__(self, folder: str | Path, store, tokens: Tensor, hidden: Tensor, kind: str):
+    def __init__(self, folder: str | Path, store: BlockStore, tokens: Tensor, hidden: Tensor, kind: str):
         self.names = [[view.name for view in linears.values()] for linears in store.linears]
         self.path = Path(folder) / _key(store, tokens, hidden, kind)
 
@@ -71,7 +72,7 @@ class GradientCache:
             ) from error
 
 
-def _key(store, tokens: Tensor, hidden: Tensor, kind: str) -> str:
+def _key(store: BlockStore, tokens: Tensor, hidden: Tensor, kind: str) -> str:
     sha = hashlib.sha256(f"{kind} {store.batch_size} {hidden.device.type} {hidden.dtype}".encode())
     for tensor in (tokens, hidden, store.loss_gradient(tokens[:1], hidden[:1])):
         _update(sha, tensor)
@@ -84,5 +85,5 @@ def _key(store, tokens: Tensor, hidden: Tensor, kind: str) -> str:
     return sha.hexdigest()[:32]
 
 
-def _update(sha, tensor: Tensor) -> None:
-    sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def _update(sha: "hashlib._Hash", tensor: Tensor) -> None:
+    sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

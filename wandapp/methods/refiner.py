@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wandapp.blocks import DecoderBlock
 from wandapp.config import PruneConfig
-from wandapp.methods.base import ERROR_SAMPLES, BlockRecord, Method, block_error
+from wandapp.methods.base import ERROR_SAMPLES, BlockRecord, BlockStore, Method, block_error
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
 
@@ -83,7 +83,7 @@ class Refiner(Method):
         """What it changes."""
         return linear_parameters(block)
 
-    def prepare(self, store, tokens: Tensor, hidden: Tensor) -> float:
+    def prepare(self, store: BlockStore, tokens: Tensor, hidden: Tensor) -> float:
         return self.method.prepare(store, tokens, hidden)
 
     def transform(

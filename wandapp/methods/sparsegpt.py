@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from wandapp.blocks import DecoderBlock, LinearView
+from wandapp.config import PruneConfig
+from wandapp.distributed import Ranks
 from wandapp.kernels.compensate import compensate_block_
 from wandapp.kernels.select import select_rows
 from wandapp.methods.base import BlockRecord, ScoreTerms, scores_of
@@ -23,7 +25,7 @@ class SparseGPT(SecondOrder[Tensor]):
 
     title = "SparseGPT"
 
-    def __init__(self, config, ranks):
+    def __init__(self, config: PruneConfig, ranks: Ranks):
         super().__init__(config, ranks)
         self._scales: dict[str, Tensor] = {}  # 1 / U_jj of the block's maps
 
