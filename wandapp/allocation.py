@@ -26,7 +26,7 @@ from wandapp.blocks import DecoderBlock
 from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
 from wandapp.errors import WandappError
-from wandapp.methods.base import BlockRecord, Method, block_error
+from wandapp.methods.base import BlockRecord, BlockStore, Method, block_error
 from wandapp.methods.refiner import Snapshot, linear_parameters
 from wandapp.methods.wanda import Wanda
 from wandapp.pattern import AllocatedPattern, SparsityPattern
@@ -44,7 +44,7 @@ class Allocation(NamedTuple):
     flops: float
 
 
-def allocate(store, method: Method, config: PruneConfig, hidden: Tensor) -> Allocation:
+def allocate(store: BlockStore, method: Method, config: PruneConfig, hidden: Tensor) -> Allocation:
     """Each block's sparsity, from the dense blocks in `store`; hidden [samples, seq_len, hidden_size], this rank's samples.
 
     Costs a forward of SAMPLES samples, with "error" two more; nothing in `store` or `hidden` is changed.
@@ -156,7 +156,9 @@ def error_sparsities(
     return _balanced(at, min(ends), max(ends), weights, target)
 
 
-def _balanced(sparsities_at, low: float, high: float, weights: Sequence[int], target: float) -> list[float]:
+def _balanced(
+    sparsities_at: Callable[[float], list[float]], low: float, high: float, weights: Sequence[int], target: float
+) -> list[float]:
     """sparsities_at(x), which grows with x, at the x in [low, high] where the weighted mean meets the target."""
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

@@ -170,7 +170,7 @@ def attention_flops_per_token(config: Any, seq_len: int) -> float:
     return 4.0 * seq_len * heads * head_size
 
 
-def query_heads(config) -> int:
+def query_heads(config: Any) -> int:
     """Query heads of a block's attention; 0 where the config gives no such number."""
     fields = config.get_text_config().to_dict()
     return fields.get("num_attention_heads") or fields.get("n_head") or 0

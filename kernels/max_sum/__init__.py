@@ -32,5 +32,5 @@ def _pairwise_max_sum(left: Tensor, right: Tensor, backend: str | None) -> Tenso
 
 
 @_pairwise_max_sum.register_fake
-def _(left, right, backend):
+def _(left: Tensor, right: Tensor, *_: object) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[0])

@@ -60,6 +60,7 @@ class BlockRecord:
 class BlockStore(Protocol):
     """What a method may ask of the dense model before the first block is pruned (wandapp.store.ModelStore)."""
 
+    prefix: str  # of the blocks' names
     linears: list[dict[str, LinearView]]  # of each block
     device: torch.device
     batch_size: int
