@@ -17,7 +17,7 @@ Differs from the paper: the leading SAMPLES samples serve; mean d counts each bl
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def allocate(store: BlockStore, method: Method, config: PruneConfig, hidden: Ten
         )
     target, flops = config.pattern.sparsity, 0.0
     hidden = _leading(hidden, store.batch_size, method.ranks)
-    sensitivities = []
+    sensitivities: list[Any] = []  # what the rule of config.allocate reads, by block
     for index in range(len(store)):
         with store.open_block(index) as block:
             measured = measure(block, hidden, frozenset({"column_norm"}), method.ranks)
