@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable
+from types import TracebackType
 
 
 class Stoppable:
@@ -27,7 +28,9 @@ class Stoppable:
         self.asked = self.make(signal.Signals(number).name)
         raise self.asked
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
         if error is not None and self.asked is not None and error is not self.asked:
