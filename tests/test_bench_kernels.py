@@ -1,7 +1,9 @@
 """`wandapp bench kernels`: which shapes it takes, that every op and backend is in its figures, and what it refuses."""
 
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,3 +93,12 @@ def test_an_in_place_op_gets_its_input_back_before_every_turn_and_outside_the_cl
     case = Case("op", "cpu", 1.0, lambda: happened.append("run"), lambda: happened.append("restore"))
     milliseconds([case], 3, torch.device("cpu"))
     assert happened == ["restore", "run"] * 4
+
+
+def test_the_gpu_benchmark_says_that_there_is_no_gpu(monkeypatch, capsys, tmp_path):
+    path = Path(__file__).parents[1] / "benchmarks" / "bench_gpu.py"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [str(path), "--out", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert ended.value.code == 1 and "no GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
