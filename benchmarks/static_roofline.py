@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from wandapp.kernels import triton_groups
 from wandapp.kernels.column_sumsq import triton_impl as column_sumsq
 from wandapp.kernels.compensate import triton_impl as compensate
+from wandapp.kernels.max_sum import triton_impl as max_sum
 from wandapp.kernels.pack import triton_impl as pack
 from wandapp.kernels.rmsprop import triton_impl as rmsprop
 from wandapp.kernels.select import triton_impl as select
@@ -95,7 +96,14 @@ def statistics_cases() -> list[Case]:
         "rmsprop_ bf16 gradient", rmsprop._rmsprop_kernel, pointers | rates, {"BLOCK": rmsprop.BLOCK}, rmsprop.BLOCK, 18, 18,
         warps=8, bytes_asked=10 * rmsprop.BLOCK,
     )  # fmt: skip
-    return [sumsq, block, step]
+    depth, side = 1024, max_sum.BLOCK_ROWS
+    moved = 4 + 2 * depth * 4 / side  # a program reads a row of both sides for its 64 x 64 sums
+    sums = Case(
+        "pairwise_max_sum fp32", max_sum._max_sum_kernel, {"left_ptr": "*fp32", "right_ptr": "*fp32", "out_ptr": "*fp32"},
+        {"BLOCK_ROWS": side, "BLOCK_OTHER": max_sum.BLOCK_OTHER}, side * max_sum.BLOCK_OTHER, moved, moved,
+        trips=(depth,), warps=8, fusion=True, bytes_asked=2 * side * 4,
+    )  # fmt: skip
+    return [sumsq, block, step, sums]
 
 
 def select_cases() -> list[Case]:

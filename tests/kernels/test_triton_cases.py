@@ -255,6 +255,18 @@ def test_packed_form_is_bit_equal(dtype, n, m):
         assert_bit_equal(unpack(packed, backend="triton"), torch.where(weight == 0, 0.0, weight))
 
 
+@pytest.mark.parametrize("n, m", [(None, None), (2, 4)])
+def test_rows_of_several_blocks_are_packed_and_come_back(monkeypatch, n, m):
+    from wandapp.kernels.pack import triton_impl
+
+    monkeypatch.setattr(triton_impl, "BLOCK_COLS", 64)
+    weight = sparse_weight(2, 148, torch.bfloat16, n, m)
+    packed, expected = (pack(w, n=n, m=m, backend=b) for w, b in ((weight.to(DEVICE), "triton"), (weight, "reference")))
+    assert_bit_equal(packed.values, expected.values)
+    assert_bit_equal(packed.bitmask, expected.bitmask)
+    assert_bit_equal(unpack(packed, backend="triton"), torch.where(weight == 0, 0.0, weight))
+
+
 def test_first_crowded_group_is_named():
     weight = torch.zeros(20, 560)
     weight[13, 300:303] = weight[13, 520:524] = weight[19, :4] = 1.0
