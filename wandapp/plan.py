@@ -144,7 +144,9 @@ def _calibration_shape(config: PruneConfig) -> tuple[int, int]:
 
 
 def _hidden_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int) -> int:
-    return (2 if _is_refined(config) else 1) * samples * seq_len * sizes.hidden * sizes.itemsize
+    method = methods.create(config, Ranks())
+    sets = 1 + (method.outputs_read is None) + method.follows_dense_path
+    return sets * samples * seq_len * sizes.hidden * sizes.itemsize
 
 
 def _method_bytes(config: PruneConfig, sizes: _Sizes, samples: int, batch_tokens: int, seq_len: int) -> int:
@@ -177,16 +179,18 @@ def _method_bytes(config: PruneConfig, sizes: _Sizes, samples: int, batch_tokens
     permuting = 4 * seq_len * sizes.crossing * size + 12 * sizes.largest if config.permute else 0
     masters = 0 if size == 4 else 4  # of fp32 storage the parameter is its own
     snapshots = size if methods.METHODS[name].compensates else 2 * size  # before the refiner, and before any pruning
+    step = seq_len * 2 * sizes.crossing * size  # of one sample
     refining = {
-        "ro": (snapshots + masters + 4 + size) * sizes.weights + seq_len * 2 * sizes.crossing * size,
+        "ro": (snapshots + masters + 4 + size) * sizes.weights + step,
         # Adam's two moments, gradient, mask; the best weights so far, and the next while both are there
-        "reconstruct": (snapshots + masters + 8 + 4 + 1 + 2 * size) * sizes.weights + with_gradients,
+        "reconstruct": (snapshots + masters + 8 + 4 + 4 + 2 * size) * sizes.weights + step,
     }
     return statistics + max(forward + choosing, permuting, *(refining.get(refiner, 0) for refiner in refiners))
 
 
 def _scratch_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, is_streamed: bool) -> int:
-    hidden = samples * seq_len * sizes.hidden * sizes.itemsize if config.activations == "disk" else 0
+    sets = 1 + methods.create(config, Ranks()).follows_dense_path
+    hidden = sets * samples * seq_len * sizes.hidden * sizes.itemsize if config.activations == "disk" else 0
     gblm = 4 * sizes.count * sizes.weights if methods.resolve(config.method)[0] == "gblm" else 0
     is_gguf = is_streamed and (config.model == "smollm2" or str(config.model).endswith(".gguf"))
     return hidden + gblm + (sizes.all if is_gguf else 0)
@@ -197,6 +201,7 @@ def _flops(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, atten
     method = methods.create(config, Ranks()).scorer
     forward = 2.0 * sizes.met + attention
     forwards = {"rgs": 4.0, "gblm": 6.0}.get(methods.resolve(config.method)[0], 2.0)
+    forwards += methods.create(config, Ranks()).follows_dense_path
     flops = samples * seq_len * forwards * forward
     if isinstance(method, SecondOrder):
         flops += samples * seq_len * 2.0 * sum(width**2 for width in sizes.inputs)
@@ -214,10 +219,6 @@ def _flops(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, atten
     for refiner in refiners:  # a backward per step; errors before and after
         flops += seq_len * forward * (3.0 * steps.get(refiner, 0) + 4.0 * probes)
     return sizes.count * flops
-
-
-def _is_refined(config: PruneConfig) -> bool:
-    return len(methods.resolve(config.method)) > 1
 
 
 def _distinct_inputs(views: list[LinearView]) -> list[tuple[int, int]]:
