@@ -498,15 +498,18 @@ def test_prune_packs_in_one_go(pruned_checkpoint, tmp_path, monkeypatch, capfd):
     assert not (tmp_path / "out").exists()
 
 
+def killed_after(files: int, work, *arguments) -> None:
+    """Runs packing or unpacking in a fork that kills itself when so many files are written."""
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)  # the parent's threads are not here
+        work(*arguments, on_progress=lambda done, _: done == files and os.kill(os.getpid(), signal.SIGKILL))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
 def test_killed_pack_leaves_nothing_that_looks_complete(tmp_path, pruned_checkpoint):
     _, folder = pruned_checkpoint("llama", "2:4")
-    code = f"""
-import os, signal
-from wandapp import packing
-packing.pack_checkpoint({str(folder)!r}, {str(tmp_path / "packed")!r},
-    on_progress=lambda done, files: done == 2 and os.kill(os.getpid(), signal.SIGKILL))
-"""
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL
+    killed_after(2, pack_checkpoint, folder, tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["packed.partial"]
     pack_checkpoint(folder, tmp_path / "packed")
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
@@ -518,10 +521,7 @@ def test_what_a_killed_unpack_left_does_not_stop_the_next(tmp_path, pruned_check
     shutil.copytree(pruned_checkpoint("llama", "2:4")[1], tmp_path / "pruned")
     (tmp_path / "pruned" / "wandapp" / "run.json").write_text("{}")
     _packed(tmp_path / "pruned", tmp_path / "packed")
-    child = os.fork()
-    if not child:
-        unpack_checkpoint(tmp_path / "packed", tmp_path / "dense", on_progress=lambda *_: os._exit(9))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    killed_after(1, unpack_checkpoint, tmp_path / "packed", tmp_path / "dense")
     assert len(list((tmp_path / "dense.partial").glob("model-*"))) == 1
     unpack_checkpoint(tmp_path / "packed", tmp_path / "dense")
     assert load_model(tmp_path / "dense") and not (tmp_path / "dense.partial").exists()
