@@ -291,14 +291,14 @@ def test_bench_command(packed_checkpoint, tmp_path, monkeypatch, capfd):
     from wandapp import bench_inference, cli
 
     _, packed = packed_checkpoint("llama", "2:4")
-    measure, places = bench_inference._measure_loading, []
+    measure, places = bench_inference.measure_loading, []
     figures = {"load_seconds": 1.0, "resident_mib": 1.0}
 
     def measure_one(folder, dtype, device):  # a process of its own takes seconds, so one of the two
         places.append(folder)
         return measure(folder, dtype, device) if folder == packed else figures
 
-    monkeypatch.setattr(bench_inference, "_measure_loading", measure_one)
+    monkeypatch.setattr(bench_inference, "measure_loading", measure_one)
     monkeypatch.setattr(bench_inference, "COPY_BYTES", 1 << 20)
     options = "--prompt-tokens 20 --new-tokens 4 --rounds 1 --batch 1 --batch 3 --json".split()
     plot = tmp_path / "bench.png"
@@ -344,7 +344,7 @@ def test_bench_beside_llama_cpp(packed_checkpoint, monkeypatch, capfd):
 
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=StubLlama, __version__="stub"))
     figures = {"load_seconds": 1.0, "resident_mib": 1.0}
-    monkeypatch.setattr(bench_inference, "_measure_loading", lambda *_: figures)
+    monkeypatch.setattr(bench_inference, "measure_loading", lambda *_: figures)
     monkeypatch.setattr(bench_inference, "COPY_BYTES", 1 << 20)
     _, packed = packed_checkpoint("llama", "2:4", "bfloat16")
     options = "--prompt-tokens 8 --new-tokens 3 --rounds 1 --batch 1 --batch 2 --compare llama.cpp --json".split()
