@@ -201,7 +201,7 @@ def test_module_takes_any_leading_shape_and_strides():
             assert sparse(x).shape == dense(x).shape
             assert torch.allclose(sparse(x), dense(x), atol=1e-5)
     assert torch.equal(sparse.to_dense(), dense.weight)
-    assert "2:4" in repr(sparse) and "packed" in sparse.kernel(16) and "dense" in sparse.kernel(17)
+    assert "2:4" in repr(sparse) and "packed" in sparse.kernel(1) and "packed" in sparse.kernel(500)
 
 
 def test_module_refuses_wrong_inputs_after_it_was_prepared():

@@ -85,7 +85,8 @@ def compare(out, how):
         if not other.exists() or path.read_bytes() != other.read_bytes():
             bad.append(f"{how}: {other}")
     leftovers = [p.name for p in Path(out).parent.iterdir() if p.name not in ("reference", Path(out).name)]
-    leftovers += [str(p) for p in Path(out).rglob("*") if p.name == "lock" and "pack" not in task or "unfinished" in p.name or "scratch" in p.name]
+    lock = "" if "pack" in task else "lock"
+    leftovers += [str(p) for p in Path(out).rglob("*") if p.name == lock or "unfinished" in p.name or "scratch" in p.name]
     if leftovers:
         bad.append(f"{how}: left {leftovers}")
     shutil.rmtree(out)

@@ -1,7 +1,7 @@
 """The modules of a packed model: linear maps and experts that read kept weights and bitmasks directly.
 
-Decode is bound by the bytes of the weights, and the packed form has about half of them. Up to 16 tokens a packed kernel
-runs; for more, panels of rows are unpacked into cache and multiplied densely (see `wandapp.kernels.sparse_linear`).
+Decode is bound by the bytes of the weights, and the packed form has about half of them. Kernels for few and for many tokens
+read that form (see `wandapp.kernels.sparse_linear`); a dense copy of a weight never exists.
 """
 
 from collections.abc import Callable
@@ -126,12 +126,9 @@ class SparseLinear(nn.Module):
             return backend
         from wandapp import _C
         from wandapp.kernels.native import instruction_set
-        from wandapp.kernels.sparse_linear.cpu import MAX_PACKED_TOKENS
 
         isa = instruction_set(None)
         isa = _C.best_isa() if isa == "auto" else isa
-        if tokens > MAX_PACKED_TOKENS:
-            return "panels unpacked, dense product"
         return f"packed, {isa}" if self.scale is None else f"packed int8, {isa}"
 
     def route(self, tokens: int) -> Choice | None:

@@ -110,10 +110,11 @@ extern const Kernels avx2_kernels, avx512_kernels;
 // What the AVX-512 kernels do better with VBMI2.
 extern void (*const sparse_linear_vbmi2)(const PackedWeight&, const LinearArgs&, int threads);
 extern void (*const unpack_vbmi2)(const PackedWeight&, Dtype, int64_t first_row, int64_t end_row, void* out, int threads);
+extern void (*const sparse_linear_bf16)(const PackedWeight&, const LinearArgs&, int threads);
 #endif
 
-// The table of `isa`: "portable", "avx2", "avx512", "avx512vbmi2", or "auto", the widest this machine runs. Throws
-// std::invalid_argument when it cannot run here.
+// The table of `isa`: "portable", "avx2", "avx512", "avx512vbmi2", "avx512bf16", or "auto", the widest this machine runs.
+// Throws std::invalid_argument when it cannot run here.
 const Kernels& kernels_of(const std::string& isa);
 const char* best_isa();
 bool isa_runs_here(const std::string& isa);

@@ -67,7 +67,22 @@ struct Avx2 {
             _mm256_and_ps(a.high, _mm256_castsi256_ps(lanes_of_bits(keep >> 8)))};
   }
 
-  static constexpr int kTokens = 2, kRows = 1;
+  static constexpr int kTileVectors = 1, kTileTokens = 6;
+  static constexpr bool kMultipliesPairs = false;
+  static void transpose(Floats* vectors) {
+    __m256 blocks[4][8];
+    for (int i = 0; i < 8; i++) {
+      blocks[0][i] = vectors[i].low;
+      blocks[1][i] = vectors[i].high;
+      blocks[2][i] = vectors[i + 8].low;
+      blocks[3][i] = vectors[i + 8].high;
+    }
+    for (auto& block : blocks) transpose8(block);
+    for (int i = 0; i < 8; i++) {
+      vectors[i] = {blocks[0][i], blocks[2][i]};
+      vectors[i + 8] = {blocks[1][i], blocks[3][i]};
+    }
+  }
   template <class T>
   static constexpr int column_of_place(int place) {
     return place;
@@ -195,6 +210,23 @@ struct Avx2 {
   static __m256i lanes_of_bits(uint32_t bits) {
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);
+  }
+  static void transpose8(__m256* a) {
+    __m256 pairs[8], fours[8];
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {  // fours[i + j], 128 bits at a time: lane j of four vectors, then lane 4 + j
+      fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+      fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+      fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+      fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+    }
+    for (int j = 0; j < 4; j++) {
+      a[j] = _mm256_permute2f128_ps(fours[j], fours[4 + j], 0x20);
+      a[4 + j] = _mm256_permute2f128_ps(fours[j], fours[4 + j], 0x31);
+    }
   }
   // The next values go to the lanes of the mask's bits; the sign of a place blanks its lane.
   template <class T>

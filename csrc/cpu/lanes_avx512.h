@@ -37,7 +37,31 @@ struct Avx512 {
   static float total(Floats a) { return _mm512_reduce_add_ps(a); }
   static Floats only(Floats a, uint32_t keep) { return _mm512_maskz_mov_ps(__mmask16(keep), a); }
 
-  static constexpr int kTokens = 8, kRows = 2;
+  static constexpr int kTileVectors = 2, kTileTokens = 14;  // 28 sums, two vectors of weights, one of x
+  static constexpr bool kMultipliesPairs = false;
+  static void transpose(Floats* a) {
+    Floats pairs[16], fours[16];
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {  // the 128 bits k of fours[i + j]: lane 4k + j of four vectors
+      fours[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+      fours[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+      fours[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+      fours[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+    }
+    for (int j = 0; j < 4; j++) {
+      const Floats even0 = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0x88);
+      const Floats odd0 = _mm512_shuffle_f32x4(fours[j], fours[4 + j], 0xdd);
+      const Floats even1 = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0x88);
+      const Floats odd1 = _mm512_shuffle_f32x4(fours[8 + j], fours[12 + j], 0xdd);
+      a[j] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+      a[4 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+      a[8 + j] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+      a[12 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+    }
+  }
   template <class T>
   static constexpr int column_of_place(int place) {
     return place;
@@ -201,10 +225,26 @@ struct Avx512Vbmi2 : Avx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), columns);
   }
 
- private:
+ protected:
   template <class T>
   static __m512i expand32(const T* values, uint32_t mask) {
     return _mm512_mask_expand_epi16(cleared(), mask, in_register(_mm512_loadu_si512(values)));
+  }
+};
+#endif
+
+#ifdef WANDAPP_BF16
+// vdpbf16ps multiplies 32 bf16 columns at once. Denormal bf16 weights and inputs count as zero to it.
+struct Avx512Bf16 : Avx512Vbmi2 {
+  static constexpr bool kMultipliesPairs = true;
+  static Floats expand_pairs(const Bf16* values, uint32_t mask) { return _mm512_castsi512_ps(expand32(values, mask)); }
+  static Floats expand_pairs(const int8_t* values, uint32_t mask) {  // exact: bf16 holds integers up to 256
+    Floats low, high;
+    expand(values, mask, low, high);
+    return _mm512_castsi512_ps(__m512i(_mm512_cvtne2ps_pbh(high, low)));
+  }
+  static Floats add_pairs(Floats sum, Floats a, Floats b) {
+    return _mm512_dpbf16_ps(sum, __m512bh(_mm512_castps_si512(a)), __m512bh(_mm512_castps_si512(b)));
   }
 };
 #endif

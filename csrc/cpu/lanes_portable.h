@@ -67,8 +67,16 @@ struct Portable {
     return a;
   }
 
-  // Tokens and rows whose sums fit the registers.
-  static constexpr int kTokens = 4, kRows = 1;
+  // A tile's rows in vectors of 16, and the tokens whose sums with these fit the registers.
+  static constexpr int kTileVectors = 1, kTileTokens = 4;
+  // Whether there are expand_pairs and add_pairs: a lane of the former is two bf16 columns, the latter adds both products.
+  static constexpr bool kMultipliesPairs = false;
+  // Lane j of vector i becomes lane i of vector j.
+  static void transpose(Floats* vectors) {
+    for (int i = 0; i < 16; i++) {
+      for (int j = 0; j < i; j++) std::swap(vectors[i].at[j], vectors[j].at[i]);
+    }
+  }
   // Lane order in which `expand` hands out 32 columns: place i of 32 holds column order(i).
   template <class T>
   static constexpr int column_of_place(int place) {

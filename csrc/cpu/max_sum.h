@@ -43,7 +43,7 @@ void rows_of_tile(const float* matrix, int64_t stride, int64_t first, int64_t la
 template <class Lanes>
 void pairwise_max_sum(const float* left, int64_t left_rows, const float* right, int64_t right_rows, int64_t cols,
                       float* out, int threads) {
-  constexpr int side = 2 * Lanes::kRows;
+  constexpr int side = 2 * Lanes::kTileVectors;
   const int64_t across = (right_rows + kSide - 1) / kSide, down = (left_rows + kSide - 1) / kSide;
   parallel(down * across, threads, [=](int64_t task) {
     const int64_t first = task / across * kSide, end = std::min(first + kSide, left_rows);

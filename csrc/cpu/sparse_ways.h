@@ -1,10 +1,23 @@
-// How a row's kept values and their x come together: see sparse_linear.h. A way has
+// How a row's kept values and their x come together, 32 columns at a time:
 //
-//   column_of_place(p)   place p of 32 in the arranged x holds this column
+//   Spread, any pattern                        Pick, 2:4
+//   bitmask   1 0 0 1 1 0 ...                  bitmask   1 0 0 1   0 1 1 0 ...
+//   values    a b c ...                        values    a b c d ...
+//   spread    a 0 0 b c 0 ...                  picked    x0 x3 x5 x6 ...
+//   times     x0 x1 x2 x3 x4 x5 ...            products are half as many, and nothing is counted
+//
+// A way has
+//
+//   kVectors, word       32 columns of x are so many vectors of 16 words; word w made of 32 columns of x
 //   Row::start           at a row's first column; false: some load might leave the values, so `next` must be guarded
 //   Row::prefetch        asks for values that 128 columns take, some time before their turn
 //   Row::next            what the next 32 columns need of the row, for any number of tokens: a Piece
 //   add_products         sum + products of a Piece with x of these columns
+//
+// and for tiles, where a Piece is the weights themselves in as many vectors as x,
+//
+//   Row::next_within     the same as `next`, guarded only where it has to be
+//   Words::add           sum + products of a word of 16 rows with a word of x
 #pragma once
 
 namespace wandapp {
@@ -29,55 +42,128 @@ inline uint32_t load_word(const void* from) {
 
 // For the next 128 columns, of which half are kept.
 template <class V>
-void prefetch_ahead(const V* values) {
+void prefetch_ahead(const V* values, int64_t bytes = kPrefetchBytes) {
   for (size_t byte = 0; byte < kPrefetchColumns / 2 * sizeof(V); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(values) + kPrefetchBytes + byte, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(values) + bytes + byte, 0, 2);
   }
 }
+
+// Words of one token: whole vectors.
+template <class Way>
+int64_t words_of(int64_t cols) {
+  return (cols + 31) / 32 * 16 * Way::kVectors;
+}
+
+// One token's x, word by word, `stride` apart.
+template <class Way, class T>
+void arrange_token(const T* x, int64_t cols, float* words, int64_t stride) {
+  for (int64_t c = 0; c < cols; c += 32) {
+    T columns[32] = {};
+    std::copy_n(x + c, std::min<int64_t>(32, cols - c), columns);
+    for (int w = 0; w < 16 * Way::kVectors; w++, words += stride) *words = Way::word(columns, w);
+  }
+}
+
+template <class T>
+void store_output(const PackedWeight& packed, const LinearArgs& args, int64_t token, int64_t row, float sum) {
+  if (packed.scale) sum = packed.scale[row] * sum;
+  if (args.bias) sum += widen(static_cast<const T*>(args.bias)[row]);
+  narrow(sum, static_cast<T*>(args.y)[token * packed.rows + row]);
+}
+
+// A row of which 32 columns at a time are spread by `Way::spread(values, bits)`.
+template <class Way, class V>
+struct SpreadRow {
+  const uint8_t* mask;
+  const V *values, *end_of_values;
+
+  void start(const PackedWeight& packed, int64_t row) {
+    mask = packed.bitmask + row * ((packed.cols + 7) / 8);
+    values = static_cast<const V*>(packed.values) + packed.row_begin(row);
+    end_of_values = static_cast<const V*>(packed.values) + packed.value_count;
+  }
+  bool start(const PackedWeight& packed, int64_t row, std::vector<uint64_t>&) {
+    start(packed, row);
+    prefetch_masks(mask, packed.cols / 8);
+    return end_of_values - values >= packed.cols + 32;  // even if every bit were set
+  }
+  void prefetch(int64_t) const { prefetch_ahead(values); }
+  void prefetch_of_tile(int64_t c, int64_t values_ahead, int64_t mask_bytes_ahead) const {
+    prefetch_ahead(values, values_ahead * sizeof(V));
+    if (c % 512 == 0) __builtin_prefetch(mask + c / 8 + mask_bytes_ahead, 0, 2);
+  }
+  template <bool guarded>
+  auto next(int64_t c, int64_t cols) {
+    const uint32_t bits = c + 32 <= cols ? load_word(mask + c / 8) : mask_at(mask, c, cols);
+    const V* from = values;
+    V padded[32] = {};
+    if constexpr (guarded) {
+      from = padded;
+      std::copy_n(values, std::min<int64_t>(32, std::max<int64_t>(0, end_of_values - values)), padded);
+    }
+    const auto piece = Way::spread(from, bits);
+    values += count_bits(bits);
+    return piece;
+  }
+  auto next_within(int64_t c, int64_t cols) {
+    return end_of_values - values >= 32 ? next<false>(c, cols) : next<true>(c, cols);
+  }
+};
+
+template <class Lanes_>
+struct FloatWords {
+  using Lanes = Lanes_;
+  using Floats = typename Lanes::Floats;
+  static Floats add(Floats sum, Floats weights, Floats x) { return Lanes::add_product(sum, weights, x); }
+};
+
+template <class Lanes_>
+struct PairWords {
+  using Lanes = Lanes_;
+  using Floats = typename Lanes::Floats;
+  static Floats add(Floats sum, Floats weights, Floats x) { return Lanes::add_pairs(sum, weights, x); }
+};
 
 template <class Lanes_, class V>
 struct Spread {
   using Lanes = Lanes_;
+  using Floats = typename Lanes::Floats;
+  using Row = SpreadRow<Spread, V>;
+  using Words = FloatWords<Lanes>;
+  static constexpr int kVectors = 2;
   struct Piece {
-    typename Lanes::Floats low, high;
+    Floats vectors[2];
   };
-  static constexpr int column_of_place(int place) { return Lanes::template column_of_place<V>(place); }
-
-  struct Row {
-    const uint8_t* mask;
-    const V *values, *end_of_values;
-
-    bool start(const PackedWeight& packed, int64_t row, std::vector<uint64_t>&) {
-      const int64_t begin = packed.row_begin(row);
-      mask = packed.bitmask + row * ((packed.cols + 7) / 8);
-      values = static_cast<const V*>(packed.values) + begin;
-      prefetch_masks(mask, packed.cols / 8);
-      end_of_values = static_cast<const V*>(packed.values) + packed.value_count;
-      return begin + packed.cols + 32 <= packed.value_count;  // even if every bit were set
-    }
-    void prefetch(int64_t) const { prefetch_ahead(values); }
-    template <bool guarded>
-    Piece next(int64_t c, int64_t cols) {
-      Piece piece;
-      uint32_t bits;
-      if constexpr (guarded) {
-        V padded[32] = {};
-        std::copy_n(values, std::min<int64_t>(32, std::max<int64_t>(0, end_of_values - values)), padded);
-        bits = mask_at(mask, c, cols);
-        Lanes::expand(padded, bits, piece.low, piece.high);
-      } else {
-        bits = c + 32 <= cols ? load_word(mask + c / 8) : mask_at(mask, c, cols);
-        Lanes::expand(values, bits, piece.low, piece.high);
-      }
-      values += count_bits(bits);
-      return piece;
-    }
-  };
-
-  static auto add_products(typename Lanes::Floats sum, Piece piece, typename Lanes::Floats x_low,
-                           typename Lanes::Floats x_high) {
-    return Lanes::add_product(Lanes::add_product(sum, piece.low, x_low), piece.high, x_high);
+  template <class T>
+  static float word(const T* columns, int w) {
+    return widen(columns[Lanes::template column_of_place<V>(w)]);
   }
+  static Piece spread(const V* values, uint32_t bits) {
+    Piece piece;
+    Lanes::expand(values, bits, piece.vectors[0], piece.vectors[1]);
+    return piece;
+  }
+  static Floats add_products(Floats sum, Piece piece, const Floats* x) {
+    return Words::add(Words::add(sum, piece.vectors[0], x[0]), piece.vectors[1], x[1]);
+  }
+};
+
+// The same with bf16 columns in pairs, for lanes that multiply these.
+template <class Lanes_, class V>
+struct SpreadPairs {
+  using Lanes = Lanes_;
+  using Floats = typename Lanes::Floats;
+  using Row = SpreadRow<SpreadPairs, V>;
+  using Words = PairWords<Lanes>;
+  static constexpr int kVectors = 1;
+  struct Piece {
+    Floats vectors[1];
+  };
+  static float word(const Bf16* columns, int w) {
+    return float_of_bits(load_word(columns + 2 * w));
+  }
+  static Piece spread(const V* values, uint32_t bits) { return {{Lanes::expand_pairs(values, bits)}}; }
+  static Floats add_products(Floats sum, Piece piece, const Floats* x) { return Words::add(sum, piece.vectors[0], x[0]); }
 };
 
 // For 16 groups of 2:4 at a time, their two columns: two bits each instead of the four bits of the bitmask. A group with
@@ -92,15 +178,20 @@ inline uint64_t columns_of_groups(uint64_t bitmask) {
 }
 
 // Sixteen values are those of eight groups. Vectors are picked from within 128 bits, where the four values of two groups
-// meet two groups' x: one in x_low, one in x_high.
+// meet two groups' x: one in x[0], one in x[1].
 template <class Lanes_, class V>
 struct Pick {
   using Lanes = Lanes_;
+  using Floats = typename Lanes::Floats;
+  static constexpr int kVectors = 2;
   struct Piece {
-    typename Lanes::Floats values;
+    Floats values;
     typename Lanes::Places places;
   };
-  static constexpr int column_of_place(int place) { return place % 16 / 4 * 8 + place / 16 * 4 + place % 4; }
+  template <class T>
+  static float word(const T* columns, int w) {
+    return widen(columns[w % 16 / 4 * 8 + w / 16 * 4 + w % 4]);
+  }
 
   static bool can_multiply(const PackedWeight& packed) {
     const bool half_of_four = packed.m == 4 && packed.n == 2, half_of_two = packed.m == 2 && packed.n == 1;
@@ -128,9 +219,8 @@ struct Pick {
     }
   };
 
-  static auto add_products(typename Lanes::Floats sum, Piece piece, typename Lanes::Floats x_low,
-                           typename Lanes::Floats x_high) {
-    return Lanes::add_product(sum, piece.values, Lanes::pick(x_low, x_high, piece.places));
+  static Floats add_products(Floats sum, Piece piece, const Floats* x) {
+    return Lanes::add_product(sum, piece.values, Lanes::pick(x[0], x[1], piece.places));
   }
 };
 

@@ -12,7 +12,8 @@ from wandapp.kernels.sparse_linear import cuda
 def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """x W^T + bias for a packed W, products summed in fp32.
 
-    int8 values: y_r = scale_r * sum_c q_rc x_c + bias_r; in panels of many tokens scale_r * q_rc is rounded to x's dtype
+    int8 values: y_r = scale_r * sum_c q_rc x_c + bias_r
+    bf16 on processors with AVX512-BF16: denormal weights and inputs (below 1.2e-38) count as zero, as in torch's product
 
     x        [..., in_features] in the dtype of packed.values; fp32, bf16 or fp16 where those are int8
     bias     [out_features] in the dtype of x

@@ -5,7 +5,7 @@ import torch
 
 from wandapp import _C
 
-IMPLEMENTATIONS = ["reference", "portable", "avx2", "avx512", "avx512vbmi2"]
+IMPLEMENTATIONS = ["reference", "portable", "avx2", "avx512", "avx512vbmi2", "avx512bf16"]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -23,7 +23,7 @@ from wandapp.kernels.pack.int8 import to_int8
 
 PAGE = mmap.PAGESIZE
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = [isa for isa in ("portable", "avx2", "avx512", "avx512vbmi2") if _C.isa_runs_here(isa)]
+ISAS = [isa for isa in ("portable", "avx2", "avx512", "avx512vbmi2", "avx512bf16") if _C.isa_runs_here(isa)]
 PROT_NONE = 0
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are protected through Linux's mprotect")
@@ -62,8 +62,7 @@ def call_kernels(packed: Packed, tokens: int, dtype: torch.dtype, isa: str, afte
     x, bias = guard(torch.randn(tokens, cols).to(dtype)), guard(torch.randn(rows).to(dtype))
     y, dense = guard(torch.zeros(tokens, rows).to(dtype)), guard(torch.zeros(rows, cols).to(dtype))
     code = DTYPE_CODES[dtype]
-    if tokens <= 16:
-        _C.sparse_linear(weight, code, x.data_ptr(), tokens, bias.data_ptr(), y.data_ptr(), 1, isa)
+    _C.sparse_linear(weight, code, x.data_ptr(), tokens, bias.data_ptr(), y.data_ptr(), 1, isa)
     _C.unpack(weight, code, 0, rows, dense.data_ptr(), 1, isa)
     return y
 
@@ -100,7 +99,7 @@ def random_case(seed: int, damaged: bool) -> tuple[Packed, int, torch.dtype]:
         return choices[int(torch.randint(len(choices), (), generator=generator))]
 
     n, m = draw((None, None), (2, 4), (1, 2), (1, 4), (4, 8), (3, 5), (16, 32))
-    dtype, tokens = draw(*DTYPES), draw(0, 1, 2, 3, 5, 8, 11, 16)
+    dtype, tokens = draw(*DTYPES), draw(0, 1, 2, 3, 5, 8, 11, 16, 31)
     rows, groups = draw(0, 1, 2, 7, 33, 64), draw(1, 2, 8, 31, 32, 40)
     cols = groups * (m or draw(1, 4, 8))
     weight = torch.randn(rows, cols, generator=generator)
