@@ -14,6 +14,7 @@ matter to that score; the strongest come first, because methods that go from lef
 earlier ones (SparseGPT) then remove the most while the most is left to make up for it.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -50,12 +51,12 @@ def best_order(score: Tensor, *, n: int, m: int) -> Order:
     generator = torch.Generator().manual_seed(len(score))
     groups, idle = spread(score, m), 0
     for _ in range(MAX_ROUNDS):
-        groups = groups.gather(
-            1, torch.rand(groups.shape, generator=generator).argsort(dim=1)
-        )  # who meets whom at a place
+        seats = torch.rand(groups.shape, generator=generator).argsort(
+            dim=1
+        )  # who meets whom at a place is left to chance
+        groups = groups.gather(1, seats)
         for place in range(m):
-            for part in torch.randperm(len(groups), generator=generator).split(PART):
-                groups[part, place] = _dealt(score, groups[part], place, n)
+            _deal_(groups, score, place, n, torch.randperm(len(groups), generator=generator).split(PART))
         reached = kept_score(score, groups, n)
         idle = idle + 1 if reached <= kept * (1 + LEAST_GAIN) else 0
         if reached > kept:
@@ -77,16 +78,26 @@ def _mass(score: Tensor) -> Tensor:
 
 
 def kept_score(score: Tensor, groups: Tensor, n: int) -> float:
-    """What the n largest of every group and row sum to."""
-    largest = _largest([score[channels] for channels in groups.T], n)
-    return sum(part.sum(dtype=torch.float64).item() for part in largest)
+    """What the n largest of every group and row sum to, in fp64; a part of the groups at a time, which caches hold."""
+    kept = 0.0
+    for part in groups.split(PART):
+        largest = _largest([score[channels] for channels in part.T], n)
+        kept += sum(values.sum(dtype=torch.float64).item() for values in largest)
+    return kept
 
 
-def _dealt(score: Tensor, groups: Tensor, place: int, n: int) -> Tensor:
-    """[groups] the channels at `place`, dealt anew among these groups for the largest kept score."""
+def _deal_(groups: Tensor, score: Tensor, place: int, n: int, parts: tuple[Tensor, ...]) -> None:
+    """Deals the channels at `place` anew among the groups of each part, for the largest kept score."""
+    gains = (_gain(score, groups[part], place, n) for part in parts)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for part, taken in zip(parts, pool.map(assignment, gains), strict=True):
+            groups[part, place] = groups[part[taken], place]
+
+
+def _gain(score: Tensor, groups: Tensor, place: int, n: int) -> Tensor:
+    """[groups, groups] what each group's score is, up to its own term, with each of the channels at `place`."""
     stay = [score[groups[:, other]] for other in range(groups.shape[1]) if other != place]
-    gain = pairwise_max_sum(_largest(stay, n)[-1], score[groups[:, place]])
-    return groups[assignment(gain), place]
+    return pairwise_max_sum(_largest(stay, n)[-1], score[groups[:, place]])
 
 
 def assignment(gain: Tensor) -> Tensor:
