@@ -196,7 +196,7 @@ def test_interrupt_exits_with_3_and_leaves_no_output(checkpoint, tmp_path):
     out = tmp_path / "out"
     command = [str(Path(sys.executable).with_name("wandapp")), "prune", str(checkpoint), "--out", str(out)]
     run = subprocess.Popen(
-        [*command, "--calibration", "self", "--samples", "64", "--seq-len", "512"],
+        [*command, "--calibration", "self", "--samples", "512", "--seq-len", "512"],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

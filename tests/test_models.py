@@ -107,7 +107,8 @@ def test_failure_while_writing_leaves_the_old_output_and_no_partial_one(tiny, tm
 
 
 def test_partial_output_of_a_killed_run_is_replaced(tiny, tmp_path):
-    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "wandapp").mkdir(parents=True)
+    (tmp_path / "model.partial" / "wandapp" / "lock").touch()  # which every run of wandapp makes first
     (tmp_path / "model.partial" / "stale").touch()
     save_pruned(*tiny, tmp_path / "model", files=FILES)
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]

@@ -61,12 +61,12 @@ def nearest_folder(folder: Path, more: Iterable[str] = ()) -> str:
     return f"did you mean {close[0]}?" if close else ""
 
 
-def compiled(expression: str) -> re.Pattern:
-    """The regular expression that a user wrote."""
+def compiled(expression: str, option: str = "--skip") -> re.Pattern:
+    """The regular expression that a user gave as an option."""
     try:
         return re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
-        raise WandappError(f"{shorten(repr(expression))} is no regular expression, {error}") from None
+        raise WandappError(f"{option} {shorten(repr(expression))} is no regular expression, {error}") from None
 
 
 def shorten(text: object, limit: int = 200) -> str:

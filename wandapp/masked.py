@@ -77,7 +77,7 @@ def choose_targets(model: nn.Module, targets: str) -> list[str]:
     elif targets == "qv":
         chosen = [name for name in names if _QUERY_VALUE.search(name)]
     else:
-        chosen = [name for name in names if compiled(targets).search(name)]
+        chosen = [name for name in names if compiled(targets, "--targets").search(name)]
     if not chosen:
         raise WandappError(
             f"--targets {targets!r} matches no linear map of {type(model).__name__}; its last block has "

@@ -46,7 +46,7 @@ def _one_sentence(error: ValidationError, kind: type[Options]) -> str:
     for detail in details:
         if detail["type"] == "extra_forbidden":
             name = str(detail["loc"][0])
-            return f"option {shorten(name)!r} does not exist; {nearest(name, kind.model_fields)}"
+            return f"option {shorten(name)!r} does not exist; {nearest(name, kind.model_fields, limit=12)}"
     detail = details[0]
     own_error = detail.get("ctx", {}).get("error")
     if isinstance(own_error, WandappError):
