@@ -118,6 +118,13 @@ def test_the_dense_path_leaves_the_model_nearer_to_the_dense_one(tiny_model):
     assert errors["dense-path"] < errors["pruned-path"]
 
 
+@pytest.mark.parametrize("method", ["wanda+reconstruct", "wanda+ro+reconstruct", "wanda+reconstruct+ro"])
+def test_the_dense_path_is_followed_wherever_the_refiner_stands(tiny_model, method):
+    report = prune(tiny_model("llama")[0], method, ro_rounds=1, ro_samples=2, reconstruct_passes=1, reconstruct_lr=1e-3)
+    assert "dense path" in report.seconds_by_phase
+    assert all(block.error < block.error_before for block in report.blocks)
+
+
 def test_products_in_bfloat16_leave_masters_and_storage_in_fp32(tiny_model):
     exact, coarse = tiny_model("llama")[0], tiny_model("llama")[0]
     prune(exact, "wanda+reconstruct")

@@ -43,8 +43,8 @@ class Reconstruction(Refiner):
         return self.config.reconstruct_loss
 
     @property
-    def follows_dense_path(self) -> bool:  # type: ignore[override]
-        return self.config.reconstruct_target == "dense-path" and not self.is_idle
+    def follows_dense_path(self) -> bool:
+        return super().follows_dense_path or self.config.reconstruct_target == "dense-path" and not self.is_idle
 
     @property
     def outputs_read(self) -> int | None:  # type: ignore[override]

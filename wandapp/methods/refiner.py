@@ -67,6 +67,10 @@ class Refiner(Method):
         return self.method.scorer
 
     @property
+    def follows_dense_path(self) -> bool:  # type: ignore[override]  # a class's constant elsewhere
+        return self.method.follows_dense_path
+
+    @property
     def is_idle(self) -> bool:
         """Whether its options leave it nothing to do."""
         return False
