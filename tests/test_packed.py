@@ -147,6 +147,7 @@ print(packed - before, unpacked - before, loaded - before, peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_below_two_blocks(tiny_model, tmp_path):
     """A checkpoint of 350 MB (packed 186), whose blocks take 29 MB each; a loaded model is packed and never dense."""
     width = 1024
