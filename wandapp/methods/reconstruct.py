@@ -43,7 +43,7 @@ class Reconstruction(Refiner):
         return self.config.reconstruct_loss
 
     @property
-    def follows_dense_path(self) -> bool:
+    def follows_dense_path(self) -> bool:  # type: ignore[override]
         return super().follows_dense_path or self.config.reconstruct_target == "dense-path" and not self.is_idle
 
     @property
