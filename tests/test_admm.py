@@ -1,9 +1,8 @@
 """ADMM against its equations in float64, and against the other solvers' errors on Gram matrices like a language model's."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from torch import Tensor
@@ -17,20 +16,11 @@ from wandapp.pattern import SparsityPattern
 from wandapp.pipeline import prune
 from wandapp.verify import verify_model
 
-_SPEC = importlib.util.spec_from_file_location("wandapp_tests_oracle", Path(__file__).with_name("oracle.py"))
-oracle = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(oracle)
-
 PATTERNS = ["2:4", "1:4", "3:8", "0.5", "0.7"]
 STAGES = [(rho, steps_of(stage, PruneConfig().admm_iterations)) for stage, rho in enumerate(RHO)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layer(seed: int, rows: int = 24, columns: int = 64, tokens: int = 512) -> tuple[Tensor, Tensor]:

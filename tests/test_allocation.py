@@ -1,14 +1,14 @@
 """Sparsity spread over blocks: OWL's formula by hand, the least error against a search, exact totals, and whole runs."""
 
 import copy
-import importlib.util
 import itertools
 import json
 import math
 import sys
-from pathlib import Path
 
+import oracle
 import pytest
+import ranks as harness
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,28 +23,9 @@ from wandapp.methods.sparsegpt import block_zeros
 from wandapp.models import load_model
 from wandapp.pattern import SparsityPattern
 from wandapp.pipeline import prune
-from wandapp.report import MachineRate
 from wandapp.verify import verify_model
 
-
-def module(name: str):
-    spec = importlib.util.spec_from_file_location(f"wandapp_tests_{name}", Path(__file__).with_name(f"{name}.py"))
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-oracle, harness = module("oracle"), module("ranks")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """One thread, and no sampling of the machine's rate, which takes longer than these models."""
-    monkeypatch.setattr(MachineRate, "sample", lambda self, repeats=2: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

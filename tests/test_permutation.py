@@ -1,12 +1,11 @@
 """Channels change places only where the dense model stays the same, the search keeps no less score, and statistics follow."""
 
 import copy
-import importlib.util
 import itertools
 import json
-from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,22 +25,13 @@ from wandapp.statistics import measure
 from wandapp.store import ModelStore
 from wandapp.verify import verify_model
 
-_SPEC = importlib.util.spec_from_file_location("wandapp_tests_ranks", Path(__file__).with_name("ranks.py"))
-ranks = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(ranks)
-
 TOKENS = torch.randint(0, 250, (4, 24), generator=torch.Generator().manual_seed(0))
 TWO_OF_FOUR = SparsityPattern.parse("2:4")
 # Maps of one block whose inputs are permuted: attention's output and the MLP's, or each of four experts'.
 PERMUTED = {"mixtral": 5, "qwen3_moe": 5}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def opened(model: nn.Module, pattern: SparsityPattern = TWO_OF_FOUR):

@@ -17,7 +17,7 @@ Differs from the paper: the leading SAMPLES samples serve; mean d counts each bl
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,16 +55,16 @@ def allocate(store: BlockStore, method: Method, config: PruneConfig, hidden: Ten
         )
     target, flops = config.pattern.sparsity, 0.0
     hidden = _leading(hidden, store.batch_size, method.ranks)
-    sensitivities: list[Any] = []  # what the rule of config.allocate reads, by block
+    read, spread = RULES[config.allocate]
+    sensitivities = []
     for index in range(len(store)):
         with store.open_block(index) as block:
             measured = measure(block, hidden, frozenset({"column_norm"}), method.ranks)
-            sensitivities.append(_SENSITIVITIES[config.allocate](block, hidden, measured, config, method.ranks))
+            sensitivities.append(read(block, hidden, measured, config, method.ranks))
             hidden = measured.outputs
             flops += block.flops
     shapes = [{view.name: view.weight.numel() for view in linears.values()} for linears in store.linears]
     weights = [sum(sizes.values()) for sizes in shapes]
-    spread: Callable[..., list[float]] = owl_sparsities if config.allocate == "owl" else error_sparsities
     sparsities = spread(sensitivities, weights, target, config.allocate_spread)
     names = [f"{store.prefix}.{index}" for index in range(len(store))]
     return Allocation(counted(target, shapes, sparsities), dict(zip(names, sparsities, strict=True)), flops)
@@ -95,9 +95,7 @@ def pruned_errors(
     wanda, dense = Wanda(config, ranks), Snapshot(linear_parameters(block))
     errors = []
     for sparsity in bounds(config.pattern.sparsity, config.allocate_spread):
-        for view in block.linears.values():
-            terms = wanda.checked_terms(view, measured, BlockRecord(block.name))
-            wanda.prune_linear_(view, view.weight, terms, SparsityPattern(sparsity))
+        wanda.apply(block, measured, SparsityPattern(sparsity), BlockRecord(block.name))
         errors.append(block_error(block, hidden, measured.outputs, ranks, kind="token"))
         dense.restore()
     if not all(map(math.isfinite, errors)):
@@ -106,9 +104,6 @@ def pruned_errors(
         )
     low, high = (2 * math.log(max(error, 1e-12)) for error in errors)
     return low, high
-
-
-_SENSITIVITIES = {"owl": outlier_ratio, "error": pruned_errors}
 
 
 def _met(block: DecoderBlock, measured: Measurements) -> Iterable:
@@ -180,3 +175,11 @@ def counted(target: float, sizes: Sequence[dict[str, int]], sparsities: Sequence
             if missing and 0 <= zeros[name] + step <= weights[name]:
                 zeros[name], missing = zeros[name] + step, missing - step
     return AllocatedPattern(target, zeros_by_map=zeros, weights_by_map=weights)
+
+
+RULES: dict[
+    str, tuple[Callable, Callable[..., list[float]]]
+] = {  # what is read of each block, and what follows from it
+    "owl": (outlier_ratio, owl_sparsities),
+    "error": (pruned_errors, error_sparsities),
+}

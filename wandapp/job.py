@@ -55,10 +55,8 @@ def prune_checkpoint(
         if ranks.first(lambda: resume and run.is_complete()):
             say(f"{config.out} is complete; there is nothing to resume")
             return PruneReport.read(Path(config.out) / "wandapp" / "report.json")
-        with (
-            run,
-            Stoppable(lambda name: Interrupted(f"interrupted by {name}")),
-        ):  # at any moment: files are whole or absent
+        # At any moment: files are whole or absent.
+        with run, Stoppable(lambda name: Interrupted(f"interrupted by {name}")):
             return _prune(config, run, ranks, on_progress, say)
 
 

@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 
 class Stoppable:
@@ -17,7 +18,7 @@ class Stoppable:
     def __init__(self, make: Callable[[str], BaseException]):
         self.make = make
         self.asked: BaseException | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}  # handlers
 
     def __enter__(self) -> "Stoppable":
         if threading.current_thread() is threading.main_thread():
@@ -32,6 +33,6 @@ class Stoppable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+            signal.signal(number, handler)
         if error is not None and self.asked is not None and error is not self.asked:
             raise self.asked from error

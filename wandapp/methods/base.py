@@ -81,11 +81,19 @@ class Method:
     needs: frozenset[str] = frozenset()  # statistics it reads (wandapp.statistics)
     compensates = False  # whether it also changes the weights it keeps
     is_exact = True  # whether it removes as many weights as it is asked to
-    follows_dense_path = False  # whether it reads the dense model's own states after each block
-    outputs_read: int | None = 1  # leading samples whose dense outputs it reads; None: all
 
     def __init__(self, config: PruneConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
+
+    @property
+    def outputs_read(self) -> int | None:
+        """Leading samples whose dense outputs it reads; None: all."""
+        return 1
+
+    @property
+    def follows_dense_path(self) -> bool:
+        """Whether it reads the dense model's own states after each block."""
+        return False
 
     @property
     def reads_samples(self) -> bool:
@@ -137,6 +145,10 @@ class Method:
         record.layer_errors = layer_errors(block, measured, dense, self.ranks)
         record.histograms = histograms.close()
         return record
+
+    def targets(self, measured: Measurements) -> Tensor:
+        """[samples, seq_len, hidden_size] what the block's outputs are measured against: the dense block's on its inputs."""
+        return measured.outputs
 
     def permute(
         self, block: DecoderBlock, hidden: Tensor, measured: Measurements, pattern: SparsityPattern, record: BlockRecord

@@ -39,15 +39,15 @@ class Reconstruction(Refiner):
         return self.config.reconstruct_passes == 0
 
     @property
-    def loss(self) -> str:  # type: ignore[override]  # a class's constant elsewhere, an option here
+    def loss(self) -> str:
         return self.config.reconstruct_loss
 
     @property
-    def follows_dense_path(self) -> bool:  # type: ignore[override]
+    def follows_dense_path(self) -> bool:
         return super().follows_dense_path or self.config.reconstruct_target == "dense-path" and not self.is_idle
 
     @property
-    def outputs_read(self) -> int | None:  # type: ignore[override]
+    def outputs_read(self) -> int | None:
         """All, as targets; along the dense path only what the method inside reads."""
         return self.method.outputs_read if self.follows_dense_path else None
 

@@ -54,9 +54,7 @@ class Refiner(Method):
     """Wraps `method`; the better of the block's weights before and after it is kept, by the error on the leading samples."""
 
     compensates = True
-    outputs_read = None  # all: they are what it optimises for
     title = "refinement"  # in warnings
-    loss = "frobenius"  # kind of `output_error` by which the better weights are told
 
     def __init__(self, config: PruneConfig, method: Method):
         super().__init__(config, method.ranks)
@@ -67,17 +65,23 @@ class Refiner(Method):
         return self.method.scorer
 
     @property
-    def follows_dense_path(self) -> bool:  # type: ignore[override]  # a class's constant elsewhere
+    def outputs_read(self) -> int | None:
+        """All: they are what it optimises for."""
+        return None
+
+    @property
+    def follows_dense_path(self) -> bool:
         return self.method.follows_dense_path
+
+    @property
+    def loss(self) -> str:
+        """Kind of `output_error` by which the better weights are told."""
+        return "frobenius"
 
     @property
     def is_idle(self) -> bool:
         """Whether its options leave it nothing to do."""
         return False
-
-    def targets(self, measured: Measurements) -> Tensor:
-        """What the block's outputs [samples, seq_len, hidden_size] of this rank's samples are to become."""
-        return measured.outputs
 
     def refine(self, block: DecoderBlock, hidden: Tensor, measured: Measurements, refinement: Refinement) -> None:
         """Improves the pruned block in place."""
@@ -99,10 +103,10 @@ class Refiner(Method):
             return
         targets = self.targets(measured)
         probe = targets[: measured.share.leading(ERROR_SAMPLES)]
-        if (
-            record.error_before is None or targets is not measured.outputs
-        ):  # else it was measured before another refiner
+        if targets is not self.method.targets(measured):
             record.error_before = block_error(block, hidden, probe, self.ranks)
+        elif record.error_before is None:
+            record.error_before = record.error
         before, earlier = Snapshot(self.parameters(block)), block_error(block, hidden, probe, self.ranks, self.loss)
         self.refine(block, hidden, measured, Refinement(pattern, dense))
         error = block_error(block, hidden, probe, self.ranks, self.loss)

@@ -4,6 +4,7 @@ Each map's W' minimises ||X W'^T - X W^T||^2 in fp32, which H = (2/N) sum_n X_n^
 and factorised once for all maps that it feeds; where that fails, damping is raised tenfold, and told.
 """
 
+from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
 import torch
@@ -19,27 +20,27 @@ DAMPING_STEPS = 3  # tenfold each
 Factor = TypeVar("Factor")  # what a method makes of a damped H
 
 
-class SecondOrder(Method, Generic[Factor]):
+class SecondOrder(Method, ABC, Generic[Factor]):
     """A method supplies `factorise`, `solve_`, their FLOPs, and `terms` for what asks for its score afterwards."""
 
     needs = frozenset({"hessian"})
     compensates = True
     title = ""  # in errors
 
+    @abstractmethod
     def factorise(self, hessian: Tensor, damping: float) -> Factor | None:
         """What `solve_` reads of hessian [in, in] fp32, which has no zero on its diagonal; None where that fails.
 
         damping   a fraction of the diagonal
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def solve_(self, weights: dict[str, Tensor], factor: Factor, pattern: SparsityPattern) -> None:
         """Prunes the weights [out, in] fp32 of all maps that one input feeds, by name, and changes what they keep."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, out_features: int, in_features: int) -> float:
         """Of solving one input's maps, which have out_features together, factorisation included."""
-        raise NotImplementedError
 
     def order_terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
         """Wanda's: the solver's own scores depend on the order that is looked for."""
