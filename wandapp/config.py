@@ -235,5 +235,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reconstruct_compute": "storage",
     },
 }
-# The lowest perplexity of what was tried at this cost (docs/methods.md, Presets)
+# The lowest perplexity measured so far (docs/methods.md, Presets)
 PRESETS["best"] = PRESETS["robust"] | {"method": "admm+reconstruct", "reconstruct_compute": "bfloat16"}
