@@ -72,6 +72,19 @@ def test_ranks_choose_the_masks_of_one_process(tiny_model, tmp_path, size, sampl
         assert report.ranks == size and report.samples == alone[method][1].samples
 
 
+@pytest.mark.parametrize("option", [dict(permute=True), dict(allocate="owl"), dict(allocate="error")], ids=str)
+def test_ranks_reorder_channels_and_spread_zeros_as_one_process(tiny_model, tmp_path, option):
+    model = tiny_model("llama")[0]
+    options = option | dict(sparsity="0.6" if "allocate" in option else "2:4")
+    alone, report = pruned(model, ["wanda"], 7, **options)["wanda"]
+    ended = harness.run_ranks(3, lambda ranks: pruned(model, ["wanda"], 7, ranks, **options), tmp_path)
+    assert [end.code for end in ended] == [0] * 3, [end.said for end in ended]
+    for end in ended:
+        state, shared = end.result["wanda"]
+        assert disputed(state, alone) <= 1e-3 and shared.allocation == pytest.approx(report.allocation, rel=1e-4)
+        assert [block.kept_score for block in shared.blocks] == [block.kept_score for block in report.blocks]
+
+
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_experts_that_one_rank_alone_met_are_pruned_by_its_tokens(tiny_model, tmp_path, family):
     """Two tokens a rank reach at most four of eight experts."""
@@ -118,15 +131,16 @@ def test_refiners_move_all_ranks_alike(tiny_model, tmp_path, method):
         assert block.error - refined.error < 0.5 * (refined.error_before - refined.error)
 
 
-@pytest.mark.parametrize("samples", [5, 9])
-def test_reconstruction_takes_as_many_steps_on_every_rank(tiny_model, tmp_path, samples):
-    """Ranks of three and two samples (five and four) step together; a rank that waited for a step of its own would hang."""
+@pytest.mark.parametrize("size, samples", [(2, 5), (2, 9), (3, 9), (3, 2)])
+def test_reconstruction_takes_as_many_steps_on_every_rank(tiny_model, tmp_path, size, samples):
+    """A rank that waited for a step of its own would hang: of 3 and 2 samples, 5 and 4; of 3 ranks the first has only
+    samples that are held out, or the last has none."""
     model = tiny_model("llama", num_hidden_layers=1)[0]
     options = dict(reconstruct_passes=1, sparsity="2:4", batch_size=3)
     ended = harness.run_ranks(
-        2, lambda ranks: pruned(model, ["wanda+reconstruct"], samples, ranks, **options), tmp_path, timeout=30
+        size, lambda ranks: pruned(model, ["wanda+reconstruct"], samples, ranks, **options), tmp_path, timeout=30
     )
-    assert [end.code for end in ended] == [0] * 2, ended[0].printed
+    assert [end.code for end in ended] == [0] * size, [end.said for end in ended]
 
 
 def test_checksum_tells_any_parameter_apart(tiny_model):

@@ -117,7 +117,7 @@ class _Training:
     def _order(self, rank: int) -> tuple[Tensor, ...]:
         held_out = Share(rank, self.share.counts).leading(self.held_out)
         order = held_out + torch.randperm(self.share.counts[rank] - held_out, generator=self.generator)
-        return order.split(1)
+        return order.unsqueeze(1).unbind()  # none of nothing, of which split makes one
 
     def _set_gradients(self, rows: tuple[Tensor | None, ...]) -> None:
         """Gradients of the masters by the summed loss of one step's samples on all ranks; removed weights get none."""
