@@ -54,6 +54,13 @@ RECIPES = {
     "wanda++ 2:4": {"method": "wanda++", "sparsity": "2:4", "ro_rounds": 2, "ro_samples": 4},
     "magnitude 0.5": {"method": "magnitude", "sparsity": "0.5"},
     "gblm 0.5": {"method": "gblm", "sparsity": "0.5"},
+    "admm+reconstruct 2:4": {"method": "admm+reconstruct", "sparsity": "2:4", "reconstruct_passes": 1, "stream": True},
+    "sparsegpt+ro 2:4, states on disk": {
+        **{"method": "sparsegpt+ro", "sparsity": "2:4", "ro_rounds": 1, "ro_samples": 4},
+        **{"stream": True, "activations": "disk"},
+    },
+    "wanda 2:4, permuted": {"method": "wanda", "sparsity": "2:4", "permute": True, "stream": True},
+    "wanda 0.6, owl": {"method": "wanda", "sparsity": "0.6", "allocate": "owl", "activations": "disk"},
 }
 HARM = ("kill", "kill", "kill", "stop", "fsize", "fsize", "full", "vanish")
 MAX_HARMED = 6  # times one job is disturbed before it is left in peace
