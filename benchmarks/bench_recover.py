@@ -62,21 +62,16 @@ def run(name: str, reference: str, training: str, arguments: argparse.Namespace)
         return row | {"perplexity": measure(reference, arguments)}
     work = Path(f"{arguments.out}.work")
     out = work / f"{name}-{training}"
-    report = recover(
-        reference, out, text=arguments.text, samples=arguments.samples, seq_len=arguments.seq_len, held_out=1,
-        batch_size=arguments.batch_size, accumulate=arguments.accumulate, device=arguments.device, save_every=20,
-        resume=True, overwrite=True, **options,
-    )  # fmt: skip
-    row |= {
-        "how": report.how,
-        "trained_weights": report.trained_weights,
-        "tokens": report.tokens,
-        "share_of_papers_tokens": round(report.tokens / PAPERS_TOKENS, 6),
-        "steps": report.steps,
-        "seconds": round(report.seconds, 1),
-        "last_loss": round(report.last_loss, 4),
-        "zeros": report.zeros,
-    }
+    finished = out / "wandapp" / "recover.json"
+    if not finished.is_file():  # else a run that was stopped while it measured
+        recover(
+            reference, out, text=arguments.text, samples=arguments.samples, seq_len=arguments.seq_len, held_out=1,
+            batch_size=arguments.batch_size, accumulate=arguments.accumulate, device=arguments.device, save_every=5,
+            resume=True, overwrite=True, **options,
+        )  # fmt: skip
+    report = json.loads(finished.read_text(encoding="utf-8"))
+    figures = ("how", "trained_weights", "tokens", "steps", "seconds", "last_loss", "zeros")
+    row |= {name: report[name] for name in figures} | {"share_of_papers_tokens": report["tokens"] / PAPERS_TOKENS}
     row["perplexity"] = measure(str(out), arguments)
     shutil.rmtree(work)
     return row

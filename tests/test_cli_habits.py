@@ -60,6 +60,7 @@ def test_examples_use_commands_and_options_that_exist(line):
         "wandapp prune x --zzz": "No such option: --zzz (see wandapp prune --help)",
         "wandapp prune --sparsity": "Option '--sparsity' requires an argument",
         "wandapp generate": "Missing argument 'model' (see wandapp generate --help)",
+        "wandapp export x y": "Missing option '--to'. Choose from: torch-2:4 (see wandapp export --help)",
         "wandapp eval x --seq-len many": "Invalid value for '--seq-len'",
         "wandapp bench inferense x": "Did you mean 'inference'? (see wandapp bench --help)",
     }.items(),

@@ -70,7 +70,7 @@ def test_loading_leaves_transformers_as_talkative_as_before(folder):
 
 def test_existing_output_is_refused_and_untouched(tiny, folder):
     before = sorted(path.name for path in folder.rglob("*"))
-    with pytest.raises(WandappError, match="exists already; choose another --out or give --overwrite"):
+    with pytest.raises(WandappError, match="exists already; choose another name or give --overwrite"):
         save_pruned(*tiny, folder, files={})
     assert sorted(path.name for path in folder.rglob("*")) == before
 

@@ -60,14 +60,15 @@ def eval_command(
 
 def _show(figures: dict[str, Any], baseline: dict[str, Any] | None, output: Output) -> None:
     for index, result in enumerate(figures["perplexities"]):
-        rows = {name: f"{value:.4f}" if name == "perplexity" else str(value) for name, value in result.items()}
+        rows = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in result.items()}
         if baseline:
             rows = {
                 "perplexity": rows["perplexity"],
                 "dense": f"{baseline['perplexities'][index]['perplexity']:.4f}",
             } | rows
+        if index:
+            output.result("")
         output.rows(rows)
-        output.result("")
     if figures["tasks"]:
         _show_tasks(figures["tasks"], baseline and baseline["tasks"], output)
 

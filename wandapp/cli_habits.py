@@ -120,9 +120,10 @@ def _refuse(error: typer.TyperException) -> None:
     """Say what is wrong with the arguments, and the nearest option there is."""
     message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
     message = message.replace("Value error, ", "")  # how pydantic introduces a rule of typer's
-    if "\n" in message:  # a group without a command: the message is its help
+    if message.startswith("Usage:"):  # a group without a command: the message is its help
         print(message, file=sys.stderr)
         return
+    message = " ".join(message.split())
     wrong = getattr(error, "option_name", None)
     if wrong and context:
         known = [name for parameter in context.command.params for name in parameter.opts]

@@ -140,7 +140,8 @@ class PruneConfig(Options):
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise WandappError(f"{folder}: no such folder; {nearest_folder(folder) or 'check the path'}")
+            rule = "a file, and a folder is needed" if folder.is_file() else "no such folder"
+            raise WandappError(f"{folder}: {rule}; {nearest_folder(folder) or 'check the path'}")
         if not (folder / RECIPE_FILE).is_file():
             raise WandappError(
                 f"{folder}: no {RECIPE_FILE} says what was pruned; take a folder that wandapp prune wrote, or (verify, pack) "

@@ -51,11 +51,12 @@ def download(repo: str) -> Path:
         folder = Path(getattr(error, "snapshot_path", ""))  # of a part of it in the cache, where that is why it failed
         if folder == Path():
             why = offline or _first_line(error)
-            hint = nearest_folder(Path(repo), ["smollm2"]) or "or give a local folder"
+            hint = nearest_folder(Path(repo), ["smollm2"])
             kept = f"and the cache {constants.HF_HUB_CACHE} holds nothing of it" if offline else ""
             raise WandappError(
                 f"{repo}: neither a local folder nor a hub model that can be fetched "
-                f"({' '.join(filter(None, (why, kept)))}); check the name and the connection, {hint}"
+                f"({' '.join(filter(None, (why, kept)))}); check the name and the connection, or give a local "
+                f"folder{hint and '; ' + hint}"
             ) from error
     if missing := missing_files(folder):
         raise WandappError(
@@ -86,9 +87,9 @@ def missing_files(folder: Path) -> list[str]:
 def check_push(repo: str) -> None:
     """Raises unless `push` could upload to `repo`, as far as that shows beforehand: name, network, log-in."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repo):
-        raise WandappError(f"--push-to-hub {repo}: a hub repository is OWNER/NAME")
+        raise WandappError(f"{repo}: a hub repository is OWNER/NAME")
     if offline := _why_offline():
-        raise WandappError(f"--push-to-hub {repo}: the hub cannot be reached ({offline})")
+        raise WandappError(f"{repo}: the hub cannot be reached ({offline})")
     with _explained(repo):
         HfApi().whoami()
 

@@ -41,23 +41,23 @@ def check_output(out: str | Path, overwrite: bool = False, source: str | Path | 
             pass
     except OSError as error:
         raise WandappError(
-            f"{shorten(out)}: the output folder cannot be made ({error.strerror}); choose another --out"
+            f"{shorten(out)}: the output folder cannot be made ({error.strerror}); choose another name"
         ) from None
 
 
 def _refuse_occupied(out: Path, overwrite: bool) -> None:
     if out.is_symlink():
-        raise WandappError(f"{out}: the output folder is a link; give the folder itself, or choose another --out")
+        raise WandappError(f"{out}: the output folder is a link; give the folder itself, or choose another name")
     exists = out.exists()
     if exists and not overwrite:
-        raise WandappError(f"{out}: the output folder exists already; choose another --out or give --overwrite")
+        raise WandappError(f"{out}: the output folder exists already; choose another name or give --overwrite")
     if exists and not (out / "wandapp" / "recipe.yaml").is_file():
         raise WandappError(
             f"{out}: --overwrite replaces only folders that wandapp wrote (which hold wandapp/recipe.yaml), and this "
-            "is none; choose another --out"
+            "is none; choose another name"
         )
     if out.name in ("", ".."):
-        raise WandappError(f"{out}: the output folder needs a name of its own; choose another --out")
+        raise WandappError(f"{out}: the output folder needs a name of its own; choose another name")
 
 
 def _refuse_overlap(out: Path, source: str | Path | None) -> None:
@@ -72,7 +72,7 @@ def _refuse_overlap(out: Path, source: str | Path | None) -> None:
     }
     for relation, holds in relations.items():
         if holds:
-            raise WandappError(f"{out}: the output folder {relation}, {source}; choose another --out")
+            raise WandappError(f"{out}: the output folder {relation}, {source}; choose another name")
 
 
 def _refuse_long_names(out: Path, ancestor: Path) -> None:
@@ -117,7 +117,7 @@ def output_folder(out: str | Path, overwrite: bool = False, source: str | Path |
                 discard(partial)
                 raise
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own class
-        raise WandappError(f"{out}: the checkpoint could not be written ({error}); choose another --out") from error
+        raise WandappError(f"{out}: the checkpoint could not be written ({error}); choose another name") from error
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def locked(partial: Path, out: str | Path) -> Iterator[None]:
     if partial.is_symlink() or partial.is_dir() and not path.exists() and any(files):
         raise WandappError(
             f"{partial}: unfinished output belongs there, and wandapp did not write what is there; move it, or choose "
-            "another --out"
+            "another name"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -146,7 +146,7 @@ def locked(partial: Path, out: str | Path) -> Iterator[None]:
         if not is_ours:
             owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             raise WandappError(
-                f"{out}: another run (process {owner}) is writing to {partial}; wait for it, or choose another --out"
+                f"{out}: another run (process {owner}) is writing to {partial}; wait for it, or choose another name"
             )
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

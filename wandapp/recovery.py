@@ -182,7 +182,7 @@ def _state_folder(out: Path, resume: bool) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WandappError(f"{folder}: cannot be made ({error.strerror}); choose another --out") from None
+        raise WandappError(f"{folder}: cannot be made ({error.strerror}); choose another name") from None
     return folder
 
 
