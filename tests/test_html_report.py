@@ -98,6 +98,22 @@ def test_plots_take_their_colours_from_the_page(everything):
     assert "var(--ink)" in drawn and "var(--s1)" in drawn and "#1c2526" not in drawn
 
 
+def test_a_run_has_the_table_s_colour_in_the_plot_of_errors(place):
+    page = html_report.Page(read_runs(places(place, "packed", "few")), [], None)  # packed: the first colour
+    html_report._errors(page)
+    drawn = page.sections[0]["figures"][0]["svg"]
+    assert "var(--s2)" in drawn and "var(--s1)" not in drawn
+
+
+def test_sparsity_is_drawn_by_block_where_it_differs(place):
+    runs = read_runs(places(place, "few", "more"))
+    runs[1].prune["allocation"] = {block["name"]: 0.5 for block in runs[1].prune["blocks"]}
+    page = html_report.Page(runs, [], None)
+    html_report._sparsity(page)
+    drawn = page.sections[0]["figures"][0]["svg"]
+    assert "zeros, %" in drawn and "more" in drawn and "few" not in drawn
+
+
 @pytest.mark.parametrize(
     ("names", "shown"),
     [(("few", "more"), True), (("few", "refined"), False), (("few",), False), (("more", "packed"), False)],

@@ -52,7 +52,7 @@ def write_report(runs: Sequence[Run], out: Path, plots: Path | None = None) -> d
 def _page(runs: list[Run]) -> Page:
     texts = list(dict.fromkeys(text_key(result) for run in runs for result in run.perplexities))
     page = Page(runs, texts, next((run for run in runs if run.is_dense), None))
-    for section in (_across_runs, _samples, _errors, _cost, _distributions, _recovery):
+    for section in (_across_runs, _samples, _sparsity, _errors, _cost, _distributions, _recovery):
         section(page)
     return page
 
@@ -132,14 +132,24 @@ def _mean_error(run: Run) -> float | None:
     return sum(errors) / len(errors) if errors else None
 
 
+def _sparsity(page: Page) -> None:
+    """Where blocks were given unequal sparsities; elsewhere it is the headline's."""
+    from wandapp import plots
+
+    uneven = [run for run in _pruned(page) if run.prune.get("allocation")]
+    if uneven:
+        figure = _plot(page, "block-sparsity", "Zeros of each block", plots.block_sparsity, _with_colours(page, uneven))
+        _section(page, "Sparsity by block", "As --allocate has spread it.", [figure])
+
+
 def _errors(page: Page) -> None:
     from wandapp import plots
 
     pruned = _pruned(page)
     if not pruned:
         return
-    caption = "Error of each block's outputs on calibration samples; dotted: before regional optimisation"
-    figures = [_plot(page, "block-errors", caption, plots.block_errors, pruned)]
+    caption = "Error of each block's outputs on calibration samples; dotted: before the refiner"
+    figures = [_plot(page, "block-errors", caption, plots.block_errors, _with_colours(page, pruned))]
     errors = [e for run in pruned for block in run.prune["blocks"] for e in block["layer_errors"].values()]
     highest = max([error for error in errors if error is not None], default=1.0)
     for run in pruned if errors else ():
@@ -190,6 +200,13 @@ def _pruned(page: Page) -> list[Run]:
     runs = [run for run in page.runs if run.prune and run.prune.get("blocks")]
     own = [run for run in runs if not run.is_packed and not run.recover]
     return own or runs
+
+
+def _with_colours(page: Page, runs: list[Run]) -> list[tuple[Run, str]]:
+    """Those runs, in the colours that they have in every plot and in the table."""
+    from wandapp import plots
+
+    return [(run, colour) for run, colour in plots.coloured(page.runs) if run in runs]
 
 
 def _stem(run: Run) -> str:

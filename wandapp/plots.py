@@ -81,15 +81,25 @@ def coloured(runs: Sequence[Run]) -> Iterator[tuple[Run, str]]:
         yield run, SOFT if run.is_dense else SERIES[pruned.index(run) % len(SERIES)]
 
 
-def block_errors(axes: Axes, runs: Sequence[Run]) -> None:
-    """Relative error of each block's outputs; dotted: before regional optimisation."""
-    for run, colour in coloured(runs):
-        blocks = run.prune["blocks"] if run.prune else []
-        axes.plot([_number(block["error"]) for block in blocks], color=colour, label=run.name if blocks else None)
+def block_errors(axes: Axes, runs: Sequence[tuple[Run, str]]) -> None:
+    """Relative error of each block's outputs; dotted: before a refiner. Runs come with their colours."""
+    for run, colour in runs:
+        blocks = run.prune["blocks"]
+        axes.plot([_number(block["error"]) for block in blocks], color=colour, label=run.name)
         before = [_number(block.get("error_before")) for block in blocks]
         if any(numpy.isfinite(before)):
             axes.plot(before, color=colour, linestyle=":", linewidth=1.2)
     axes.set(xlabel="block", ylabel="relative error of its outputs", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+
+
+def block_sparsity(axes: Axes, runs: Sequence[tuple[Run, str]]) -> None:
+    """Share of zeros in the prunable weights of each block, in percent."""
+    for run, colour in runs:
+        shares = [100 * block["zeros"] / max(block["weights"], 1) for block in run.prune["blocks"]]
+        axes.plot(shares, color=colour, label=run.name, drawstyle="steps-mid")
+    axes.set(xlabel="block", ylabel="zeros, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
 
