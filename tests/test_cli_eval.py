@@ -68,3 +68,36 @@ def test_saved_figures_are_in_the_card(checkpoint, monkeypatch, capfd):
 def test_what_needs_a_recipe_says_so(arguments, message, checkpoint, monkeypatch, capfd):
     code, _, errors = call(monkeypatch, capfd, checkpoint.with_name("dense"), *arguments)
     assert code == 2 and message in errors
+
+
+class Results:
+    """What lm-eval's runner gives back (tests/test_tasks.py runs the real one)."""
+
+    def __init__(self, accuracy: float):
+        self.accuracy = accuracy
+
+    def to_dict(self) -> dict:
+        metrics = {"acc": self.accuracy, "acc_stderr": 0.01, "brier_score": 0.3}
+        other = {"f1": self.accuracy / 2}
+        common = {"num_fewshot": 0, "samples": 4, "version": "1.0", "task_sha256": None}
+        tasks = [{"task": "colours", "metrics": metrics} | common, {"task": "numbers", "metrics": other} | common]
+        return {"tasks": tasks, "mean_accuracy": self.accuracy, "limit": 4.0}
+
+
+def test_tasks_stand_in_one_table_with_the_dense_model_s_beside(checkpoint, monkeypatch, capfd):
+    accuracies = iter([0.25, 0.75])
+    monkeypatch.setattr("wandapp.evaluation._lm_eval", lambda: lambda *_, **__: Results(next(accuracies)))
+    code, text, errors = call(monkeypatch, capfd, checkpoint, "--tasks", "colours,numbers", "--dense", "--limit", 4)
+    assert code == 0, errors
+    lines = [line.split() for line in text.splitlines()]
+    heads = ["task", "acc", "f1", "dense", "acc", "dense", "f1", "shots", "documents"]
+    assert lines[0] == heads and "perplexity" not in text
+    assert lines[1] == ["colours", "0.2500", "-", "0.7500", "-", "0", "4"]
+    assert lines[2] == ["numbers", "-", "0.1250", "-", "0.3750", "0", "4"]
+    assert "mean acc 0.2500 (dense 0.7500)" in text and "not all documents" in errors
+
+
+def test_tasks_without_lm_eval_say_what_to_install(checkpoint, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "wandapp.tasks", None)
+    code, _, errors = call(monkeypatch, capfd, checkpoint, "--tasks", "boolq")
+    assert code == 2 and "pip install 'wandapp[eval]'" in errors

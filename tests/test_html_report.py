@@ -41,6 +41,17 @@ def place(tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
+def test_command_says_what_it_wrote(place, tmp_path, monkeypatch, capfd):
+    arguments = [str(place / "more"), "--out", str(tmp_path / "deep" / "r.html"), "--json"]
+    monkeypatch.setattr("sys.argv", ["wandapp", "report", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    text, errors = capfd.readouterr()
+    assert not caught.value.code, errors
+    said = json.loads(text)
+    assert (said["runs"], said["warnings"]) == (["more"], 1) and Path(said["out"]).stat().st_size == said["bytes"]
+
+
 def places(folder: Path, *names: str) -> list[Path]:
     return [folder / name for name in names]
 

@@ -9,6 +9,7 @@ from wandapp.cli_options import Device, Dtype, Json, ModelArgument, RequireSpars
 from wandapp.console import Output
 
 commands = typer.Typer()
+COMPARED = ("acc", "acc_norm", "exact_match", "f1", "perplexity")  # of the many that lm-eval gives
 
 
 @commands.command("eval")
@@ -74,13 +75,11 @@ def _show(figures: dict[str, Any], baseline: dict[str, Any] | None, output: Outp
 
 
 def _show_tasks(found: dict[str, Any], dense: dict[str, Any] | None, output: Output) -> None:
-    from wandapp.tasks import shown_metrics
-
-    columns = list(dict.fromkeys(name for task in found["tasks"] for name in shown_metrics(task["metrics"])))
+    columns = list(dict.fromkeys(name for task in found["tasks"] for name in _compared(task["metrics"])))
     rows = []
     for index, task in enumerate(found["tasks"]):
-        shown = shown_metrics(task["metrics"])
-        other = shown_metrics(dense["tasks"][index]["metrics"]) if dense else {}
+        shown = _compared(task["metrics"])
+        other = _compared(dense["tasks"][index]["metrics"]) if dense else {}
         cells = [shown.get(name, "-") for name in columns]
         beside = [other.get(name, "-") for name in columns] if dense else []
         rows.append([task["task"], *cells, *beside, str(task["num_fewshot"]), str(task["samples"] or "-")])
@@ -91,3 +90,8 @@ def _show_tasks(found: dict[str, Any], dense: dict[str, Any] | None, output: Out
         output.result(f"mean acc {found['mean_accuracy']:.4f}{also}")
     if found["limit"] is not None:
         output.warn(f"--limit {found['limit']:g}: not all documents, so compare with nothing else")
+
+
+def _compared(metrics: dict[str, float]) -> dict[str, str]:
+    """The metrics that people compare, as text."""
+    return {name: f"{metrics[name]:.4f}" for name in COMPARED if name in metrics}

@@ -29,7 +29,6 @@ from wandapp.errors import WandappError, nearest
 SEED = 1234  # of few-shot examples, as in lm-eval
 # What lm-eval raises on a YAML whose keys do not fit together; it checks few of them.
 _DEFINITION_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, TemplateError)
-_SHOWN = ("acc", "acc_norm", "exact_match", "f1", "perplexity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,8 +221,3 @@ def _hash_of(logged: list[dict] | None) -> str | None:
     """One hash of all documents', prompts' and targets' hashes, in order."""
     parts = [str(row.get(key)) for row in logged or () for key in ("doc_hash", "prompt_hash", "target_hash")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest() if parts else None
-
-
-def shown_metrics(metrics: dict[str, float]) -> dict[str, str]:
-    """The metrics people compare, as text."""
-    return {name: f"{metrics[name]:.4f}" for name in _SHOWN if name in metrics}
