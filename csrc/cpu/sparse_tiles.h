@@ -1,6 +1,6 @@
-// y = x W^T + b for many tokens: bound by arithmetic. A tile of rows is unpacked once, turned, and meets every token.
+// y = x W^T + b for many tokens: bound by arithmetic. A tile of W is unpacked once, turned, and meets every token.
 //
-//   tile   word 0 of rows 0 1 2 ... 31 | word 1 of rows 0 1 2 ... 31 | ...     in the second-level cache
+//   tile   word 0 of rows 0 1 2 ... 31 | word 1 of rows 0 1 2 ... 31 | ...     512 words, in the second-level cache
 //   x      word 0 of tokens 0 ... 13   | word 1 of tokens 0 ... 13   | ...     one such stretch after another
 //   sums   14 tokens x 32 rows, in registers: a step multiplies a word of all rows by the same word of each token
 //
@@ -12,7 +12,7 @@
 namespace wandapp {
 namespace {
 
-constexpr int64_t kSumWords = 512;  // of one sum; more are sums of such sums, whose rounding errors stay smaller
+constexpr int64_t kTileWords = 512;  // of a row, and of one sum: sums of such sums have smaller rounding errors
 
 // Tokens in stretches of as equal a length as can be, none longer than the registers hold.
 struct Stretches {
@@ -22,14 +22,14 @@ struct Stretches {
 };
 
 template <class Way, class T>
-std::vector<float> arrange_stretches(const T* x, Stretches stretches, int64_t cols, int threads) {
+std::unique_ptr<float[]> arrange_stretches(const T* x, Stretches stretches, int64_t cols, int threads) {
   const int64_t words = words_of<Way>(cols);
-  std::vector<float> arranged(stretches.tokens * words);
+  std::unique_ptr<float[]> arranged(new float[stretches.tokens * words]);  // its pages are first touched on all threads
   parallel(stretches.count, threads, [&](int64_t i) {
     const int64_t begin = stretches.begin(i);
     const int length = stretches.length(i);
     for (int t = 0; t < length; t++) {
-      arrange_token<Way>(x + (begin + t) * cols, cols, arranged.data() + begin * words + t, length);
+      arrange_token<Way>(x + (begin + t) * cols, cols, arranged.get() + begin * words + t, length);
     }
   });
   return arranged;
@@ -38,25 +38,20 @@ std::vector<float> arrange_stretches(const T* x, Stretches stretches, int64_t co
 template <class Lanes>
 constexpr int kTileRows = 16 * Lanes::kTileVectors;
 
-// What a tile that comes later has at the same place is asked for while this one is filled: so many values and bytes of
-// the bitmask ahead. Unstructured rows have about that many.
-struct Ahead {
-  int64_t values, mask_bytes;
-};
-
-// `count` rows; those that the tile has beyond are zeros. A row gives 128 columns at a time: rows often lie a multiple of
-// a page apart, and then 16 of them push each other's lines out of the first-level cache.
+// Columns [begin, end) of `count` rows; rows that the tile has beyond are zeros. A row gives 128 columns at a time: rows
+// often lie a multiple of a page apart, and then 16 of them push each other's lines out of the first-level cache.
 template <class Way>
-void fill_tile(typename Way::Row* row, int64_t count, int64_t cols, Ahead ahead, float* tile) {
+void fill_tile(typename Way::Row* row, int64_t count, int64_t begin, int64_t end, int64_t cols, Ahead ahead, float* tile) {
   using Lanes = typename Way::Lanes;
   constexpr int most = kPrefetchColumns / 32 * Way::kVectors;
-  for (int64_t c = 0; c < cols; c += kPrefetchColumns) {
-    const int chunks = int(std::min(kPrefetchColumns, cols - c) + 31) / 32;
-    for (int first = 0; first < kTileRows<Lanes>; first += 16) {
+  for (int64_t r = 0; r < count; r++) row[r].prefetch_tile(begin, ahead);
+  for (int first = 0; first < kTileRows<Lanes>; first += 16) {
+    for (int64_t c = begin; c < end; c += kPrefetchColumns) {
+      const int chunks = int(std::min(kPrefetchColumns, end - c) + 31) / 32;
       typename Lanes::Floats vectors[most][16];
       for (int r = 0; r < 16; r++) {
         const bool exists = first + r < count;
-        if (exists) row[first + r].prefetch_of_tile(c, ahead.values, ahead.mask_bytes);
+        if (exists) row[first + r].prefetch_in_tile(ahead);
         for (int chunk = 0; chunk < chunks; chunk++) {
           typename Way::Piece piece = {};
           if (exists) piece = row[first + r].next_within(c + 32 * chunk, cols);
@@ -65,38 +60,38 @@ void fill_tile(typename Way::Row* row, int64_t count, int64_t cols, Ahead ahead,
       }
       for (int v = 0; v < chunks * Way::kVectors; v++) {
         Lanes::transpose(vectors[v]);
-        float* words = tile + (c / 32 * Way::kVectors + v) * 16 * kTileRows<Lanes> + first;
+        float* words = tile + ((c - begin) / 32 * Way::kVectors + v) * 16 * kTileRows<Lanes> + first;
         for (int word = 0; word < 16; word++) Lanes::store(words + word * kTileRows<Lanes>, vectors[v][word]);
       }
     }
   }
 }
 
-// sums [tokens][rows of the tile]
+// sums [tokens][rows of the tile] += tile x the tokens
 template <class Words, int tokens>
 void multiply_tile(const float* tile, const float* x, int64_t words, float* sums) {
   using Lanes = typename Words::Lanes;
   constexpr int vectors = Lanes::kTileVectors;
-  std::fill_n(sums, tokens * kTileRows<Lanes>, 0.f);
-  for (int64_t end, begin = 0; begin < words; begin = end) {
-    end = std::min(begin + kSumWords, words);
-    typename Lanes::Floats sum[tokens][vectors];
-    for (int t = 0; t < tokens; t++) {
-      for (int i = 0; i < vectors; i++) sum[t][i] = Lanes::fill(0);
-    }
-    for (int64_t word = begin; word < end; word++) {
-      typename Lanes::Floats rows[vectors];
-      for (int i = 0; i < vectors; i++) rows[i] = Lanes::load(tile + word * kTileRows<Lanes> + 16 * i);
-      for (int t = 0; t < tokens; t++) {
-        const auto of_token = Lanes::fill(x[word * tokens + t]);
-        for (int i = 0; i < vectors; i++) sum[t][i] = Words::add(sum[t][i], rows[i], of_token);
-      }
+  typename Lanes::Floats sum[tokens][vectors];
+  for (int t = 0; t < tokens; t++) {
+    for (int i = 0; i < vectors; i++) sum[t][i] = Lanes::fill(0);
+  }
+  for (int64_t word = 0; word < words; word++, tile += kTileRows<Lanes>, x += tokens) {
+    typename Lanes::Floats rows[vectors];
+    __builtin_prefetch(x + 16 * tokens);
+    for (int i = 0; i < vectors; i++) {
+      rows[i] = Lanes::load(tile + 16 * i);
+      __builtin_prefetch(tile + 8 * kTileRows<Lanes> + 16 * i);
     }
     for (int t = 0; t < tokens; t++) {
-      for (int i = 0; i < vectors; i++) {
-        float* to = sums + t * kTileRows<Lanes> + 16 * i;
-        Lanes::store(to, Lanes::add(Lanes::load(to), sum[t][i]));
-      }
+      const auto of_token = Lanes::fill(x[t]);
+      for (int i = 0; i < vectors; i++) sum[t][i] = Words::add(sum[t][i], rows[i], of_token);
+    }
+  }
+  for (int t = 0; t < tokens; t++) {
+    for (int i = 0; i < vectors; i++) {
+      float* to = sums + t * kTileRows<Lanes> + 16 * i;
+      Lanes::store(to, Lanes::add(Lanes::load(to), sum[t][i]));
     }
   }
 }
@@ -109,10 +104,9 @@ void multiply_tile(int tokens, const float* tile, const float* x, int64_t words,
 }
 
 template <class Lanes, class T>
-void store_tile(const PackedWeight& packed, const LinearArgs& args, int64_t row, int64_t rows, int64_t token, int tokens,
-                const float* sums) {
-  for (int64_t t = 0; t < tokens; t++, sums += kTileRows<Lanes>) {
-    T* y = static_cast<T*>(args.y) + (token + t) * packed.rows + row;
+void store_tile(const PackedWeight& packed, const LinearArgs& args, int64_t row, int64_t rows, const float* sums) {
+  for (int64_t t = 0; t < args.tokens; t++, sums += kTileRows<Lanes>) {
+    T* y = static_cast<T*>(args.y) + t * packed.rows + row;
     int64_t r = 0;
     for (; r + 16 <= rows; r += 16) {
       auto sum = Lanes::load(sums + r);
@@ -120,7 +114,7 @@ void store_tile(const PackedWeight& packed, const LinearArgs& args, int64_t row,
       if (args.bias) sum = Lanes::add(sum, Lanes::load(static_cast<const T*>(args.bias) + row + r));
       Lanes::store(y + r, sum);
     }
-    for (; r < rows; r++) store_output<T>(packed, args, token + t, row + r, sums[r]);
+    for (; r < rows; r++) store_output<T>(packed, args, t, row + r, sums[r]);
   }
 }
 
@@ -128,26 +122,30 @@ template <class Way, class T>
 void multiply_by_tiles(const PackedWeight& packed, const LinearArgs& args, int threads) {
   using Lanes = typename Way::Lanes;
   constexpr int most = Lanes::kTileTokens;
-  constexpr int64_t tile_rows = kTileRows<Lanes>;
+  constexpr int64_t tile_rows = kTileRows<Lanes>, tile_cols = kTileWords / (16 * Way::kVectors) * 32;
   const int64_t words = words_of<Way>(packed.cols);
   const Stretches stretches{args.tokens, (args.tokens + most - 1) / most};
   const int64_t rows_ahead = tile_rows * threads;  // tasks are handed out in order
-  const Ahead ahead{packed.value_count / std::max<int64_t>(packed.rows, 1) * rows_ahead, (packed.cols + 7) / 8 * rows_ahead};
+  const Ahead ahead{packed.value_count / std::max<int64_t>(packed.rows, 1) * rows_ahead,
+                    (packed.cols + 7) / 8 * rows_ahead, args.tokens > 64};
   const auto x = arrange_stretches<Way>(static_cast<const T*>(args.x), stretches, packed.cols, threads);
   parallel((packed.rows + tile_rows - 1) / tile_rows, threads, [&](int64_t task) {
-    thread_local std::vector<float> tile;  // kept: fresh memory would cost a page fault per 4 KiB
-    if (int64_t(tile.size()) < words * tile_rows) tile.resize(words * tile_rows);
+    thread_local std::vector<float> tile(kTileWords * tile_rows), sums;  // kept: fresh memory would cost page faults
+    sums.assign(args.tokens * tile_rows, 0.f);
     const int64_t first = task * tile_rows, count = std::min(tile_rows, packed.rows - first);
     typename Way::Row row[tile_rows];
     for (int64_t r = 0; r < count; r++) row[r].start(packed, first + r);
-    fill_tile<Way>(row, count, packed.cols, ahead, tile.data());
-    for (int64_t i = 0; i < stretches.count; i++) {
-      float sums[most * tile_rows];
-      const int64_t begin = stretches.begin(i);
-      const int length = stretches.length(i);
-      multiply_tile<typename Way::Words, most>(length, tile.data(), x.data() + begin * words, words, sums);
-      store_tile<Lanes, T>(packed, args, first, count, begin, length, sums);
+    for (int64_t word = 0, c = 0; c < packed.cols; word += kTileWords, c += tile_cols) {
+      const int64_t words_of_tile = std::min(kTileWords, words - word);
+      fill_tile<Way>(row, count, c, std::min(c + tile_cols, packed.cols), packed.cols, ahead, tile.data());
+      for (int64_t i = 0; i < stretches.count; i++) {
+        const int64_t begin = stretches.begin(i);
+        const int length = stretches.length(i);
+        const float* of_stretch = x.get() + begin * words + word * length;
+        multiply_tile<typename Way::Words, most>(length, tile.data(), of_stretch, words_of_tile, sums.data() + begin * tile_rows);
+      }
     }
+    store_tile<Lanes, T>(packed, args, first, count, sums.data());
   });
 }
 

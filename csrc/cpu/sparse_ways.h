@@ -34,6 +34,14 @@ inline void prefetch_masks(const uint8_t* mask, int64_t bytes) {
   for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(mask + kPrefetchBytes / 2 + byte, 0, 2);
 }
 
+// What is asked for while a tile is filled. Later rows at the same place, so many values and bytes of the bitmask ahead
+// (unstructured rows have about that many), from memory; and, where many tokens push even these out of the second-level
+// cache until their turn comes, the values that come next.
+struct Ahead {
+  int64_t values, mask_bytes;
+  bool next;
+};
+
 inline uint32_t load_word(const void* from) {
   uint32_t word;
   std::memcpy(&word, from, 4);
@@ -88,9 +96,21 @@ struct SpreadRow {
     return end_of_values - values >= packed.cols + 32;  // even if every bit were set
   }
   void prefetch(int64_t) const { prefetch_ahead(values); }
-  void prefetch_of_tile(int64_t c, int64_t values_ahead, int64_t mask_bytes_ahead) const {
-    prefetch_ahead(values, values_ahead * sizeof(V));
-    if (c % 512 == 0) __builtin_prefetch(mask + c / 8 + mask_bytes_ahead, 0, 2);
+  // Before a tile that begins at column c is filled, and then for every 128 columns.
+  void prefetch_tile(int64_t c, const Ahead& ahead) const {
+    for (int64_t byte = 0; byte < 128; byte += 64) __builtin_prefetch(mask + c / 8 + ahead.mask_bytes + byte, 0, 2);
+    if (!ahead.next) return;
+    for (int64_t byte = 0; byte < 128; byte += 64) __builtin_prefetch(mask + c / 8 + byte);
+    prefetch_next(0), prefetch_next(1);
+  }
+  void prefetch_in_tile(const Ahead& ahead) const {
+    prefetch_ahead(values, ahead.values * sizeof(V));
+    if (ahead.next) prefetch_next(2);
+  }
+  void prefetch_next(int64_t turns) const {
+    constexpr int64_t bytes = kPrefetchColumns / 2 * sizeof(V);
+    const char* from = reinterpret_cast<const char*>(values) + turns * bytes;
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
   }
   template <bool guarded>
   auto next(int64_t c, int64_t cols) {
