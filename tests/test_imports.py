@@ -16,6 +16,7 @@ FLOORS = {
     "wandapp.kernels": 1,
     "wandapp.memory": 2,
     "wandapp.stop": 2,
+    "wandapp.small_file": 2,
     "wandapp.yaml_file": 2,
     "wandapp.pattern": 2,
     "wandapp.options": 2,

@@ -125,6 +125,15 @@ def test_every_family_streamed_stopped_and_resumed_equals_in_memory(tiny_family,
     check_family(recipe(tiny_family, method="wanda+ro", ro_rounds=1, ro_samples=2, stream=True), tmp_path)
 
 
+def test_stopped_and_resumed_a_permuted_run_writes_the_same_bytes(recipe, tmp_path):
+    """Not the same tensors alone: no time of day or of work gets into the files."""
+    interrupt(recipe(permute=True), 2)
+    prune_checkpoint(recipe(permute=True), resume=True)
+    prune_checkpoint(recipe(permute=True, out=str(tmp_path / "other")))
+    for path in Path(tmp_path / "other").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_heads(tied, tiny_model, recipe, tmp_path):
     save_pruned(tiny_model("llama", tie_word_embeddings=tied)[0], None, tmp_path / "dense", files={})

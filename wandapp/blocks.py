@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from wandapp.errors import WandappError
+from wandapp.errors import WandappError, shorten
 
 
 class UnsupportedLayoutError(WandappError):
@@ -380,7 +380,8 @@ def record(
 
     def forward(batch: Tensor) -> None:
         try:
-            base(input_ids=batch.to(device), use_cache=False)
+            with forward_errors(model):
+                base(input_ids=batch.to(device), use_cache=False)
         except _StopForward:
             pass
         times_recorded[len(batch)] = times_recorded.get(len(batch), 0) + 1
@@ -401,10 +402,28 @@ def record(
     return Recording(hidden_states, calls)
 
 
+@contextmanager
+def forward_errors(model: nn.Module) -> Iterator[None]:
+    """Turns what a model of odd sizes raises in its own forward, such as of a rotary embedding, into one sentence."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        if isinstance(error, WandappError):
+            raise
+        reason = shorten(" ".join(str(error).split()))
+        raise WandappError(
+            f"{type(model).__name__}: the model cannot run ({reason}); check its config.json, or free memory"
+        ) from error
+
+
 def _refuse_text_dependence(earlier: RecordedCall, later: RecordedCall, kind: str) -> None:
     if earlier is later:
         return
     for a, b in zip(tree_flatten(earlier.__dict__)[0], tree_flatten(later.__dict__)[0], strict=True):
+        if isinstance(a, Tensor) and a.isnan().any():
+            raise WandappError(
+                f"{kind}: a call argument of shape {tuple(a.shape)} is NaN; check what config.json says of positions"
+            )
         if isinstance(a, Tensor) and a is not b and not torch.equal(a, b):
             raise UnsupportedLayoutError(
                 f"{kind}: a call argument of shape {tuple(a.shape)} changes with the text, so it cannot be recorded once; "

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from wandapp.corpus import Corpus, builtin_text, existing_file, first_line, read_corpus
 from wandapp.errors import WandappError, shorten
 from wandapp.memory import kept_pages
+from wandapp.models import tokenizer_errors
 
 __all__ = ["Calibration", "builtin_text", "load_calibration", "save_tokens"]
 
@@ -189,7 +190,8 @@ def encode(tokenizer: Any | None, texts: list[str]) -> list[list[int]]:
         raise WandappError("text needs a tokenizer, got none; pass one, or give token ids [samples, seq_len]")
     if not texts:
         return []
-    return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    with tokenizer_errors(f"{tokenizer.name_or_path or 'the tokenizer'}: the tokenizer cannot read this text"):
+        return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
 
 
 # Text written by the model
@@ -268,7 +270,9 @@ def read_tokens(path: str | Path) -> Tensor:
         else:
             tensors = load_file(path)
     except (SafetensorError, *_NPY_ERRORS) as error:
-        raise WandappError(f"{path} is not a readable {path.suffix} of token ids ({first_line(error)})") from error
+        raise WandappError(
+            f"{path} is not a readable {path.suffix} of token ids ({first_line(error)}); save them again as int64"
+        ) from error
     if len(tensors) != 1 and "tokens" not in tensors:
         found = ", ".join(sorted(tensors)) or "none"
         raise WandappError(f"{path}: needs one tensor, or one named 'tokens', found: {found}")

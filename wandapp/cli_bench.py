@@ -11,6 +11,8 @@ from wandapp.cli_packed import bench
 from wandapp.console import Output
 from wandapp.errors import WandappError, nearest
 
+MAX_WEIGHTS = 1 << 30  # several copies of them, in 4 bytes each, are in memory at once
+
 
 @bench.command("kernels")
 def bench_kernels_command(
@@ -67,4 +69,6 @@ def _shape(text: str) -> tuple[int, int]:
     sides = [int(side) for side in text.split("x") if side.isdecimal()]
     if len(sides) != 2 or not all(sides) or sides[1] % 8:
         raise WandappError(f"--shape is OUTxIN with IN divisible by 8, such as 11008x4096, got {text}")
+    if sides[0] * sides[1] > MAX_WEIGHTS:
+        raise WandappError(f"--shape {text}: {sides[0] * sides[1]:.1e} weights, of which {MAX_WEIGHTS} are the most")
     return sides[0], sides[1]

@@ -186,7 +186,7 @@ class PruneConfig(Options):
         name = str(value).removeprefix("torch.")
         return _DTYPE_SYNONYMS.get(name, name)
 
-    @field_validator("model", "out", "calibration", "save_calibration")
+    @field_validator("model", "out", "calibration", "save_calibration", "gblm_cache")
     @classmethod
     def _possible_path(cls, value: str | None) -> str | None:
         if value is not None and ("\0" in value or not value.strip()):
@@ -196,7 +196,7 @@ class PruneConfig(Options):
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
             raise ValueError("must be auto, cpu, cuda or cuda:N")
         return value
 

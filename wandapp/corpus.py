@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wandapp.errors import WandappError, nearest, shorten
+from wandapp.memory import free_bytes
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
+_MEMORY_OVER_SIZE = 4  # a text is in memory as bytes, as characters and as documents
 _SMALL_BYTES, _MOST_SWELLING = 64 << 20, 30  # text shrinks 2 to 10 times; zeros shrink 1000 times
 # The canonical raw WikiText-2 test file; https://huggingface.co/datasets/Salesforce/wikitext holds its lines as rows.
 _WIKITEXT2_TEST_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
@@ -86,6 +88,8 @@ def existing_file(path: str | Path) -> Path:
         if path.is_file():
             return path
         reason = "is a folder, give a file" if path.is_dir() else "no such file; check the path"
+        if path.exists() and not path.is_dir():
+            reason = "neither a file nor a folder; give a file"
     except OSError as error:  # a name that is too long, a folder that may not be searched
         reason = f"cannot be read ({error.strerror}); check the path"
     raise WandappError(f"{shorten(path)}: {reason}")
@@ -191,11 +195,18 @@ def _parquet_documents(path: Path, text_field: str) -> list[str | None]:
     try:
         schema = parquet.read_schema(path)
         _require_field(str(path), text_field, schema.names)
+        if schema.names.count(text_field) > 1:
+            raise WandappError(f"{path}: two columns are named {text_field!r}; rename one, or choose with --text-field")
         _require_text(str(path), text_field, str(schema.field(text_field).type))
-        table = parquet.read_table(path, columns=[text_field])
+        return parquet.read_table(path, columns=[text_field]).column(text_field).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise WandappError(f"{path} is not a readable .parquet file ({first_line(error)})") from error
-    return table.column(text_field).to_pylist()
+        raise WandappError(
+            f"{path} is not a readable .parquet file ({first_line(error)}); write or fetch it again"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise WandappError(
+            f"{path}: field {text_field!r} holds text that is not UTF-8 ({error.reason}); convert it first"
+        ) from error
 
 
 def _is_unicode(text: str) -> bool:
@@ -205,14 +216,32 @@ def _is_unicode(text: str) -> bool:
 
 def _read_utf8(path: Path) -> str:
     try:
-        text = (_decompress(path) if path.suffix == ".gz" else path.read_bytes()).decode()
+        text = (_decompress(path) if path.suffix == ".gz" else _read_bytes(path)).decode()
     except UnicodeDecodeError as error:
         raise WandappError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
     except (OSError, EOFError, zlib.error) as error:
         raise WandappError(f"{path} cannot be read ({first_line(error)}); fetch it again") from error
-    if "\0" in text:
-        raise WandappError(f"{path} holds a NUL character at {text.index(chr(0))}, so it is no text; give a text file")
+    _refuse_nul(path, text.find("\0"))
     return text
+
+
+def _refuse_nul(path: Path, place: int) -> None:
+    if place >= 0:
+        raise WandappError(f"{path} holds a NUL character at {place}, so it is no text; give a text file")
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The content of a text file, after a look at its beginning and its size: what is no text may be without end."""
+    size, free = path.stat().st_size, free_bytes()
+    with open(path, "rb") as file:
+        beginning = file.read(1 << 20)
+        _refuse_nul(path, beginning.find(b"\0"))
+        if size > free / _MEMORY_OVER_SIZE:
+            raise WandappError(
+                f"{path}: {size / 2**30:.1f} GiB of text, of which memory takes {free / _MEMORY_OVER_SIZE / 2**30:.1f} GiB at "
+                "most; give a part of it"
+            )
+        return beginning + file.read()
 
 
 def _decompress(path: Path) -> bytes:
@@ -229,7 +258,7 @@ def _decompress(path: Path) -> bytes:
 
 def _require_field(place: str, field: str, available: Collection[str]) -> None:
     if field not in available:
-        names = ", ".join(available) or "none"
+        names = shorten(", ".join(available)) or "none"
         raise WandappError(f"{place}: no field {field!r}, the fields are: {names}; choose one with --text-field")
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wandapp.blocks import forward_errors
 from wandapp.calibration import (
     DEFAULT_SEQ_LEN,
     check_ids,
@@ -149,7 +150,9 @@ def _negative_log_likelihood(
     with inference(model):
         for batch in ids.split(batch_size):
             batch = batch.to(device)
-            losses = _window_losses(model(batch, use_cache=False).logits, batch)
+            with forward_errors(model):
+                logits = model(batch, use_cache=False).logits
+            losses = _window_losses(logits, batch)
             if not losses.isfinite().all():
                 bad = done + int(losses.isfinite().logical_not().nonzero()[0])
                 raise WandappError(

@@ -18,7 +18,14 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from wandapp.errors import WandappError
 from wandapp.manifest import fingerprint
-from wandapp.models import LOAD_ERRORS, load_tokenizer, quiet_transformers, save_companions, why_not_loaded
+from wandapp.models import (
+    LOAD_ERRORS,
+    load_tokenizer,
+    quiet_transformers,
+    require_gguf_blocks,
+    save_companions,
+    why_not_loaded,
+)
 from wandapp.shards import write_index, write_shard
 
 _COMPLETE = "complete.json"
@@ -46,6 +53,7 @@ def convert_gguf(path: Path, folder: Path, dtype: torch.dtype) -> None:
 
 def gguf_skeleton(path: Path, dtype: torch.dtype) -> nn.Module:
     """The model that the file describes, every tensor on the meta device."""
+    require_gguf_blocks(path)
     with _read_from(path), quiet_transformers():
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         with torch.device("meta"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wandapp import __version__
-from wandapp.errors import WandappError
+from wandapp.errors import WandappError, shorten
 from wandapp.runs import Run, short_text, text_key
 
 
@@ -27,7 +27,14 @@ def write_report(runs: Sequence[Run], out: Path, plots: Path | None = None) -> d
 
     raises  WandappError where a package is missing or a path cannot be written
     """
-    page = _page(list(runs))
+    try:
+        page = _page(list(runs))
+    except (LookupError, TypeError, AttributeError) as error:
+        names = ", ".join(shorten(run.name) for run in runs[:8])
+        raise WandappError(
+            f"{names}: results that this wandapp cannot show ({type(error).__name__}: {shorten(error)}); leave out those that it "
+            "did not write"
+        ) from error
     written = []
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

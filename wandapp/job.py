@@ -101,7 +101,12 @@ def _open(config: PruneConfig, run: RunFolder, ranks: Ranks, say: Callable[[str]
         return ModelStore(model, config.pattern, **options), tokenizer
     if config.calibration == "self":
         raise WandappError("calibration 'self' lets the whole model write; use --no-stream, or another --calibration")
-    checkpoint = Checkpoint(_as_safetensors(config, run, ranks, say), dtype=config.dtype)
+    folder = _as_safetensors(config, run, ranks, say)
+    try:
+        checkpoint = Checkpoint(folder, dtype=config.dtype)
+    except WandappError as error:  # in terms of the file that the user knows
+        raise WandappError(str(error).replace(str(folder), config.model)) from error
+    checkpoint.source = config.model
     return ShardStore(checkpoint, config.pattern, **options), checkpoint.tokenizer
 
 

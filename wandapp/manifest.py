@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wandapp.config import PruneConfig
 from wandapp.errors import WandappError, shorten
+from wandapp.small_file import read_small
 
 if TYPE_CHECKING:
     from wandapp.report import PruneReport
@@ -64,8 +65,7 @@ class Manifest(BaseModel):
     def read(cls, path: Path) -> "Manifest":
         """The manifest in a JSON file."""
         try:
-            with open(path, "rb") as file:
-                return cls.model_validate_json(file.read(MAX_BYTES))  # what is longer is no JSON then
+            return cls.model_validate_json(read_small(path, MAX_BYTES))  # what is longer is no JSON then
         except (OSError, ValidationError) as error:
             reason = shorten(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else error.strerror
             raise WandappError(

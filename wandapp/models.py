@@ -5,6 +5,7 @@ With conversion.py the only file that imports transformers. safetensors and GGUF
 
 import importlib.util
 import io
+import math
 import os
 import re
 import struct
@@ -20,6 +21,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.integrations.gguf import read_gguf_metadata
 from transformers.utils import logging as transformers_logging
 
 from wandapp.conversion import whole_parameters
@@ -37,7 +39,9 @@ from wandapp.weight_files import (
 
 MAX_SHARD_SIZE = "5GB"  # small enough for every file system and for a download that resumes
 MAX_BUFFER_BYTES = 64 << 20  # of what a model computes from its config; rotary frequencies take a few kilobytes
+_AT_LEAST_ONE = ("max_position_embeddings", "sliding_window")  # in a config; of other sizes the weights' shapes tell
 MAX_COUNT = 100_000  # layers, heads, experts or labels that a config may ask for
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _RANK_VARIABLES = (("LOCAL_WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # which torchrun sets
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -93,7 +97,9 @@ def _from_pretrained(reference: str, dtype: str | torch.dtype, **extra: Any) -> 
     else:
         dtype = resolve_dtype(dtype)
     options = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
-    if not gguf_file:
+    if gguf_file:
+        require_gguf_blocks(Path(place, gguf_file))
+    else:
         _require_agreement(Path(place))
     with quiet_transformers():
         try:
@@ -109,6 +115,9 @@ def _from_pretrained(reference: str, dtype: str | torch.dtype, **extra: Any) -> 
         except LOAD_ERRORS as error:
             raise WandappError(why_not_loaded(reference, error)) from error
         _require_complete(reference, model, loading)
+        if model.dtype not in DTYPES:
+            given, known = (str(kind).removeprefix("torch.") for kind in (model.dtype, DTYPES[0]))
+            raise WandappError(f"{reference}: weights of {given}, which wandapp does not prune; give --dtype {known}")
         if not extra:  # else the weights are not here yet
             require_finite(reference, model.state_dict())
         tokenizer = _load_tokenizer(reference, place, gguf_file)
@@ -210,12 +219,17 @@ def _require_agreement(folder: Path) -> None:
             "checkpoint in 16 or 32 bits"
         )
     own = model.state_dict()
+    tensor_of: dict[str, str] = {}
     for tensor, name in whole_parameters(model, tensors).items():
         info = tensors[tensor]
+        if name in own and tensor_of.setdefault(name, tensor) != tensor:
+            raise WandappError(
+                f"{info.path}: {tensor} and {tensor_of[name]} are both the model's {name}; download the checkpoint again"
+            )
         if name in own and info.shape != tuple(own[name].shape):
             raise WandappError(
-                f"{info.path}: {tensor} has shape {list(info.shape)}, config.json asks for {list(own[name].shape)}; take "
-                "both files from one checkpoint"
+                f"{info.path}: {tensor} has shape {shorten(list(info.shape))}, config.json asks for "
+                f"{list(own[name].shape)}; take both files from one checkpoint"
             )
         if name in own and info.dtype not in FLOATING and own[name].is_floating_point():
             raise WandappError(
@@ -243,6 +257,20 @@ def _require_gguf(path: Path) -> None:
         raise WandappError(f"{path}: a .gguf file starts with the bytes GGUF, got {magic!r}; download it again")
 
 
+def require_gguf_blocks(path: Path) -> None:
+    """Raise unless a .gguf file holds as many blocks as it says; transformers would build whatever number it says."""
+    try:
+        metadata, names = read_gguf_metadata(str(path))
+        said = metadata.get(f"{metadata['general.architecture']}.block_count")
+    except LOAD_ERRORS as error:
+        raise WandappError(why_not_loaded(str(path), error)) from error
+    held = len({found[1] for name in names if (found := re.match(r"blk\.(\d+)\.", name))})
+    if said != held:
+        raise WandappError(
+            f"{path}: says that it has {shorten(repr(said))} blocks, and holds {held}; download it again"
+        )
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without transformers' warnings and bars; what matters in them is raised or reported by us.
@@ -264,7 +292,7 @@ def quiet_transformers() -> Iterator[None]:
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The torch dtype of that name."""
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if resolved not in (torch.float32, torch.bfloat16, torch.float16):
+    if resolved not in DTYPES:
         raise WandappError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype}")
     return resolved
 
@@ -272,6 +300,8 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
 def why_not_loaded(reference: str, error: Exception) -> str:
     """One sentence about a checkpoint that raised one of LOAD_ERRORS."""
     reason = " ".join(str(error).split()) or type(error).__name__
+    if "ignore_mismatched_sizes" in reason:  # the report that it speaks of is in the log, which is set aside
+        reason = "its tensors are not of the shapes that it says the model has"
     if Path(reference).expanduser().exists() or reference == "smollm2":
         return f"{reference}: cannot be loaded as a causal language model ({shorten(reason)}); check the checkpoint"
     return (
@@ -296,7 +326,9 @@ def _require_complete(reference: str, model: nn.Module, loading: dict[str, Any])
             )
 
 
-def require_finite(place: str | Path, tensors: dict[str, Tensor]) -> None:
+def require_finite(
+    place: str | Path, tensors: dict[str, Tensor], way_out: str = "download the checkpoint again or mend it"
+) -> None:
     """Raise where a weight is NaN or Inf, naming the tensor and the first such place."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.numel():
@@ -304,7 +336,7 @@ def require_finite(place: str | Path, tensors: dict[str, Tensor]) -> None:
         extremes = torch.stack(torch.aminmax(tensor))  # NaN wins; many times faster than isfinite on every weight
         if not extremes.isfinite().all():
             position = tensor.isfinite().logical_not().nonzero()[0].tolist()
-            raise WandappError(f"{place}: {name}{position} is NaN or Inf; download the checkpoint again or mend it")
+            raise WandappError(f"{place}: {name}{position} is NaN or Inf; {way_out}")
 
 
 def _load_tokenizer(reference: str, place: str, gguf_file: str | None) -> Any | None:
@@ -312,11 +344,20 @@ def _load_tokenizer(reference: str, place: str, gguf_file: str | None) -> Any | 
     if folder.is_dir() and not gguf_file and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     options = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
+    with tokenizer_errors(f"{reference}: the tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True, **options)
-    except LOAD_ERRORS as error:
+
+
+@contextmanager
+def tokenizer_errors(problem: str) -> Iterator[None]:
+    """Turns what a damaged tokenizer raises into one sentence. The package tokenizers has no class but Exception itself."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, LOAD_ERRORS) and type(error) is not Exception:
+            raise
         reason = shorten(" ".join(str(error).split()))
-        raise WandappError(f"{reference}: the tokenizer cannot be loaded ({reason}); check its files") from error
+        raise WandappError(f"{problem} ({reason}); check its files") from error
 
 
 def _forget_quantisation(model: nn.Module) -> None:
@@ -333,7 +374,7 @@ def skeleton(folder: str | Path, *, dtype: torch.dtype | None = None, max_blocks
     max_blocks  a config that asks for more decoder blocks is refused, since each costs memory even without weights
     """
     try:
-        _refuse_large_counts(Path(folder) / "config.json")
+        _refuse_absurd_numbers(Path(folder) / "config.json")
         with quiet_transformers():
             config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         blocks = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
@@ -348,14 +389,21 @@ def skeleton(folder: str | Path, *, dtype: torch.dtype | None = None, max_blocks
         raise WandappError(why_not_loaded(str(folder), error)) from error
 
 
-def _refuse_large_counts(path: Path) -> None:
-    """transformers makes a module per layer or expert, and two dictionary entries per label, before any weight is read."""
+def _refuse_absurd_numbers(path: Path) -> None:
+    """transformers makes a module per layer or expert, and two dictionary entries per label, before any weight is read.
+
+    Of other numbers it computes with whatever they are.
+    """
     config = read_json(path, "the model's configuration")
     fields = list(config.items())
     fields += [pair for value in config.values() if isinstance(value, dict) for pair in value.items()]
     for name, value in fields:
         if re.search("layer|label|expert|block|head", name) and isinstance(value, int) and value > MAX_COUNT:
             raise WandappError(f"{path}: {name} is {value}, and no model has more than {MAX_COUNT}; check the file")
+        if name in _AT_LEAST_ONE and isinstance(value, int) and value < 1:
+            raise WandappError(f"{path}: {name} is {value}, which must be at least 1; check the file")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise WandappError(f"{path}: {name} is {value}, which must be finite; check the file")
 
 
 def skeleton_of(config: Any, dtype: torch.dtype) -> nn.Module:

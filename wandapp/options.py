@@ -1,10 +1,10 @@
 """What every set of options shares: unknown names and bad values are refused in one sentence, YAML goes both ways."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from wandapp.errors import WandappError, nearest, shorten
 from wandapp.yaml_file import read_mapping
@@ -20,6 +20,14 @@ class Options(BaseModel):
             super().__init__(**options)
         except ValidationError as error:
             raise WandappError(_one_sentence(error, type(self))) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read true as 1."""
+        if isinstance(value, bool) and bool not in _kinds(cls.model_fields[info.field_name].annotation):
+            raise ValueError("must not be true or false")
+        return value
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
@@ -38,6 +46,11 @@ class Options(BaseModel):
         """The same with every field that is None filled in from `values`."""
         own = self.model_dump()
         return type(self)(**own | {key: value for key, value in values.items() if own[key] is None})
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """The types that a field takes."""
+    return get_args(annotation) or (annotation,)
 
 
 def _one_sentence(error: ValidationError, kind: type[Options]) -> str:

@@ -25,7 +25,7 @@ from wandapp.output import LOCK, MANIFEST, output_folder
 from wandapp.packed import FORMAT, VERSIONS, Manifest, PackedCheckpoint, PackedLinear
 from wandapp.pattern import SparsityPattern
 from wandapp.shards import write_index
-from wandapp.weight_files import PACKED_MANIFEST, TensorInfo, checkpoint_tensors
+from wandapp.weight_files import PACKED_MANIFEST, TensorInfo, checkpoint_tensors, read_json
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 # Of the folder they lie in alone. A copied run manifest would make what a killed unpack left look like a run to resume.
@@ -353,6 +353,9 @@ def unpack_checkpoint(
     Bit for bit, but from int8 storage: that gives the rounded weights scale * value, which no longer tell the old ones.
     """
     checkpoint = PackedCheckpoint(packed)
+    read_json(
+        checkpoint.folder / "config.json", "the model's configuration"
+    )  # without it the result would be no checkpoint
     summary = PackSummary(str(checkpoint.pattern), checkpoint.storage)
     groups: dict[Path, list[str]] = {}
     for tensor in checkpoint.tensors:

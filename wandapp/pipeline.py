@@ -19,6 +19,7 @@ from wandapp.blocks import DecoderBlock
 from wandapp.calibration import Calibration, load_calibration, save_tokens
 from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
+from wandapp.errors import WandappError
 from wandapp.memory import kept_pages
 from wandapp.methods.base import BlockRecord, Method
 from wandapp.models import resolve_device
@@ -145,6 +146,8 @@ def _run(
             if record is None:
                 record = _prune_block(block, hidden, dense_path, pattern, method, clock)
                 store.keep(block, record)
+            else:
+                _recheck(block, record)
             with clock("forward"):
                 if index + 1 < len(store) and store.done < len(store):
                     block.run_(hidden)
@@ -220,6 +223,17 @@ def _check(block: DecoderBlock, pattern: SparsityPattern, record: BlockRecord) -
             raise RuntimeError(f"{broken}; this is an error in wandapp, please report it")
     if not math.isfinite(record.error):
         record.warnings.append(f"{block.name}: the outputs of the calibration samples are not finite")
+
+
+def _recheck(block: DecoderBlock, record: BlockRecord) -> None:
+    """Raises where a block that an earlier run finished is not as sparse as that run noted."""
+    for view in block.linears.values():
+        zeros = view.weight.numel() - torch.count_nonzero(view.weight).item()
+        if zeros / view.weight.numel() != record.sparsity.get(view.name):
+            raise WandappError(
+                f"{view.name}: {zeros} zeros in a block that an interrupted run finished, which it did not leave so; delete the "
+                "block's file in OUT.partial to prune it again"
+            )
 
 
 def _progress(report: PruneReport, record: BlockRecord, done: int, blocks: int) -> Progress:

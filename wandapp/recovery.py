@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +96,18 @@ def recover(
     state_folder = _state_folder(out, resume)
     device = resolve_device(config.device)
     on_note(f"loading {folder}")
-    loaded = load_model(folder, device=str(device))
-    zeros = _verified(loaded.model, recipe, f"{folder}: the checkpoint does not hold its pattern")
-    drawn = load_calibration(
-        config.text,
-        loaded.tokenizer,
-        samples=config.samples + config.held_out,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        text_field=config.text_field,
-        model=loaded.model,
-    )
+    with _removed_if_empty(state_folder):
+        loaded = load_model(folder, device=str(device))
+        zeros = _verified(loaded.model, recipe, f"{folder}: the checkpoint does not hold its pattern")
+        drawn = load_calibration(
+            config.text,
+            loaded.tokenizer,
+            samples=config.samples + config.held_out,
+            seq_len=config.seq_len,
+            seed=config.seed,
+            text_field=config.text_field,
+            model=loaded.model,
+        )
     texts = _evaluation_texts(drawn.tokens[config.samples :], config, state_folder)
     report = RecoverReport(
         str(folder), str(recipe.pattern), "", drawn.description, drawn.sha256, 0, 0, 0, config.samples, config.seq_len
@@ -184,6 +185,17 @@ def _state_folder(out: Path, resume: bool) -> Path:
     except OSError as error:
         raise WandappError(f"{folder}: cannot be made ({error.strerror}); choose another name") from None
     return folder
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Where the body fails, a folder without files goes."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def _verified(model: nn.Module, recipe: PruneConfig, complaint: str) -> int:

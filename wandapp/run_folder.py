@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from wandapp.distributed import Ranks, program
 from wandapp.errors import Interrupted, WandappError
 from wandapp.manifest import Manifest
 from wandapp.methods.base import BlockRecord
+from wandapp.models import require_finite
 from wandapp.output import (
     MANIFEST,
     check_output,
@@ -42,7 +44,9 @@ from wandapp.output import (
     write_files,
 )
 from wandapp.shards import ShardReader, disk_tensor, shard_metadata, write_index, write_shard
+from wandapp.weight_files import refuse_special_files
 
+_RECORD = TypeAdapter(BlockRecord)
 RECIPE, _SCRATCH = "wandapp/recipe.yaml", "wandapp/scratch"
 
 
@@ -74,6 +78,7 @@ class RunFolder:
             self._lock.enter_context(locked(self.partial, self.out))
             if not self.resume:
                 clear(self.partial)
+            refuse_special_files(self.partial, "delete that folder to start over")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -84,6 +89,9 @@ class RunFolder:
         self._lock.close()
         if kind is Interrupted:
             error.args = (self._how_to_go_on(f"{error}; "),)
+        elif isinstance(error, WandappError) and self.ranks.is_first and str(self.partial) not in str(error):
+            if done := self._count():
+                error.args = (f"{error}; finished blocks kept in {self.partial} for --resume: {done}",)
 
     def begin(self, manifest: Manifest) -> int:
         """Threads to work with, once it is known how many blocks an earlier run of the same manifest finished (`done`)."""
@@ -106,21 +114,34 @@ class RunFolder:
         if index >= self.done:
             return None
         try:
-            return BlockRecord(**json.loads(shard_metadata(self._path(index))["block"]))
-        except (KeyError, ValueError, TypeError):
+            return _RECORD.validate_python(json.loads(shard_metadata(self._path(index))["block"]))
+        except WandappError:
+            raise
+        except (KeyError, ValueError):  # pydantic's among them
             raise WandappError(
                 f"{self._path(index)}: not written by wandapp; delete it to prune its block again"
             ) from None
 
-    def read(self, index: int) -> dict[str, Tensor]:
-        """A finished block's tensors, under the checkpoint's names."""
-        reader = ShardReader([self._path(index)])
-        return {name: reader.read(name) for name in reader.tensors}
+    def read(self, index: int, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A finished block's tensors, under the checkpoint's names.
+
+        like    tensors of the same names, shapes and types, such as the dense block's
+        raises  WandappError where the file no longer holds such tensors, or one that is NaN or Inf
+        """
+        path = self._path(index)
+        reader = ShardReader([path])
+        kept = {name: (stored.shape, stored.dtype) for name, stored in reader.tensors.items()}
+        if kept != {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in like.items()}:
+            raise WandappError(f"{path}: not the tensors that the run kept there; delete it to prune its block again")
+        tensors = {name: reader.read(name) for name in kept}
+        require_finite(path, tensors, "delete it to prune its block again")
+        return tensors
 
     def keep(self, index: int, tensors: Callable[[], dict[str, Tensor]], record: BlockRecord) -> None:
         """Begins to write a pruned block, whose tensors must stay as they are until `wait` returns."""
         if self.ranks.is_first:
-            metadata = {"format": "pt", "block": json.dumps(asdict(record))}
+            timeless = replace(record, permute_seconds=0.0)  # two runs write the same bytes
+            metadata = {"format": "pt", "block": json.dumps(asdict(timeless))}
             self._writing = self._writer.submit(write_shard, self._path(index), tensors(), metadata)
 
     def wait(self) -> None:

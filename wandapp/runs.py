@@ -4,6 +4,7 @@ A run is one checkpoint with all that is known about it. A JSON file adds to the
 given folder has that name it makes a run of its own.
 """
 
+import errno
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -154,6 +155,8 @@ def _lines(path: Path) -> list[Json]:
 def _json_objects(path: Path) -> list[Json]:
     """One JSON object, or one per line; lines before it that are no JSON (a log) are passed over."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "a pipe or a device")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -104,5 +104,5 @@ class ShardStore(ModelStore):
             self._ahead = key, self._reader.submit(self._read, *key)
 
     def _read(self, index: int, pruned: bool) -> dict[str, Tensor]:
-        tensors = self.run.read(index) if pruned else self.checkpoint.read(index)
+        tensors = self._finished(index) if pruned else self.checkpoint.read(index)
         return {name: tensor.to(self.device) for name, tensor in tensors.items()}

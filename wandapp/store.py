@@ -108,7 +108,7 @@ class ModelStore:
         module = self.blocks[index]
         home = next(module.parameters()).device
         if pruned:
-            place(self.model, self.run.read(index), str(self.run.partial))
+            place(self.model, self._finished(index), str(self.run.partial))
         module.to(self.device)
         try:
             yield self._present(index)
@@ -132,6 +132,10 @@ class ModelStore:
             self.attention_flops_per_token,
             heads=query_heads(self.model.config),
         )
+
+    def _finished(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a block that an earlier run finished."""
+        return self.run.read(index, like=block_tensors(self.model, self.prefix, index))
 
     def finished(self, index: int) -> BlockRecord | None:
         """The report of a block that an earlier, interrupted run finished; its weights come with `open_block(pruned=True)`."""

@@ -8,8 +8,8 @@ import dataclasses
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from wandapp.errors import WandappError, nearest
 
 SEED = 1234  # of few-shot examples, as in lm-eval
 # What lm-eval raises on a YAML whose keys do not fit together; it checks few of them.
-_DEFINITION_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, TemplateError)
+_DEFINITION_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ImportError, TemplateError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,8 @@ def _local_tasks(path: Path) -> list[str]:
     if not path.exists():
         raise WandappError(f"{path}: no such task file; check the path")
     folder = path if path.is_dir() else path.parent
-    index = TaskManager(include_path=str(folder), include_defaults=False).task_index
+    with _definition_errors(path):
+        index = TaskManager(include_path=str(folder), include_defaults=False).task_index
     found = [name for name, entry in index.items() if path.is_dir() or Path(entry.yaml_path).name == path.name]
     if not found:
         raise WandappError(f"{path}: holds no task of lm-eval; a task's YAML has the key 'task' with its name")
@@ -188,15 +189,24 @@ def _load(names: list[str], local: dict[str, str]) -> dict:
                 f"{nearest(name, (*PRESETS, *manager.task_index), limit=8)}"
             )
     try:
-        return manager.load(names)
+        with _definition_errors(f"tasks {', '.join(names)}"):
+            return manager.load(names)
     except (OSError, DatasetsError) as error:  # no network, no such data set or file
         raise WandappError(
             f"tasks {', '.join(names)}: their data cannot be had ({first_line(error)}); connect once so that they are "
             "cached, or give a task YAML whose data are local"
         ) from error
+
+
+@contextmanager
+def _definition_errors(what: object) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, DatasetsError):  # of data, not of the definition
+        raise
     except _DEFINITION_ERRORS as error:
         raise WandappError(
-            f"tasks {', '.join(names)}: lm-eval cannot use the definition ({first_line(error)}); check the task's YAML"
+            f"{what}: lm-eval cannot use the definition ({first_line(error)}); check the task's YAML"
         ) from error
 
 

@@ -78,13 +78,21 @@ def _verify(weights: Iterable[tuple[LinearView, Tensor]], pattern: SparsityPatte
         zeros += int((weight == 0).sum())
         negative += int(((weight == 0) & torch.signbit(weight)).sum())
         count += weight.numel()
-        first = first or (None if together else offence(view, weight, pattern))
+        first = first or not_finite(view, weight) or (None if together else offence(view, weight, pattern))
     if together and zeros < int(pattern.sparsity * count):
         first = (
             f"all {linears} linear maps together: {zeros} zeros, {pattern} of {count} weights asks for "
             f"{int(pattern.sparsity * count)}"
         )
     return VerifyReport(first is None, str(pattern), linears, zeros, count, negative, first)
+
+
+def not_finite(view: LinearView, weight: Tensor) -> str | None:
+    """One sentence on the first NaN or Inf in weight [out, in], or None."""
+    if not weight.numel() or all(extreme.isfinite() for extreme in torch.aminmax(weight)):
+        return None
+    row, column = weight.isfinite().logical_not().nonzero()[0].tolist()
+    return f"{view.name}: row {row}, column {column} is NaN or Inf"
 
 
 def offence(view: LinearView, weight: Tensor, pattern: SparsityPattern) -> str | None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wandapp.errors import WandappError, shorten
+from wandapp.small_file import read_small
 
 PACKED_MANIFEST = "wandapp/packed.json"  # in the folder of a packed checkpoint
 MAX_JSON_BYTES = 32 << 20  # an index of a million tensors is smaller
@@ -57,7 +58,9 @@ class TensorFiles:
         for path in paths:
             for name, entry in read_header(path)[0].items():
                 if not re.fullmatch("[!-~]{1,300}", name):
-                    raise WandappError(f"{path}: a tensor is named {name[:80]!r}; names are printable ASCII")
+                    raise WandappError(
+                        f"{path}: a tensor is named {name[:80]!r}; a name has 1 to 300 characters, all printable ASCII"
+                    )
                 if name in self.infos:
                     raise WandappError(f"{path}: the tensor {shorten(name)} is also in {self.infos[name].path.name}")
                 self.infos[name] = TensorInfo(path, entry["dtype"], tuple(entry["shape"]))
@@ -110,11 +113,13 @@ def read_header(path: Path) -> tuple[dict[str, dict], int]:
     return header, 8 + length
 
 
-def refuse_special_files(place: Path) -> None:
+def refuse_special_files(place: Path, way_out: str = "fetch the checkpoint again") -> None:
     """Raise where `place`, or what lies in that folder, is a pipe or a device: reading it may never end."""
     for path in [place, *place.glob("*"), *place.glob("wandapp/*")]:
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise WandappError(f"{path}: neither a file nor a folder; fetch the checkpoint again")
+            raise WandappError(f"{path}: neither a file nor a folder; {way_out}")
+        if path.suffix == ".json" and path.is_dir():  # readers would pass over it
+            raise WandappError(f"{path}: a folder, where a file is expected; {way_out}")
 
 
 def is_packed(folder: str | Path) -> bool:
@@ -166,7 +171,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             )
         if file.endswith(PICKLES):
             raise WandappError(f"{index}: names {shorten(file)}; {_PICKLES_REFUSED}")
-        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
+        if not re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", file):
             raise WandappError(
                 f"{index}: names {shorten(repr(file))}, which is no file of this folder; download the index again"
             )
@@ -186,17 +191,26 @@ def refuse_pickles(path: Path) -> None:
         raise WandappError(f"{min(pickles)}: {_PICKLES_REFUSED}")
 
 
+def _without_contradiction(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object of these members; of two with one name and other values a reader takes either."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        for name, value in pairs:
+            if members[name] != value:
+                raise ValueError(f"it says {shorten(repr(name))} twice, with other values")
+    return members
+
+
 def read_json(path: Path, what: str) -> dict:
     """The JSON object in a file of at most MAX_JSON_BYTES; `what` names it in messages, e.g. "an index of weight files"."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
+        data = read_small(path, MAX_JSON_BYTES)
     except OSError as error:
         raise WandappError(f"{path}: {what} cannot be read ({error.strerror}); check the path") from None
     if len(data) > MAX_JSON_BYTES:
         raise WandappError(f"{path}: larger than {MAX_JSON_BYTES} bytes, so it is not {what}; download it again")
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_without_contradiction)
     except (ValueError, RecursionError) as error:
         reason = shorten(" ".join(str(error).split()))
         raise WandappError(f"{path}: not valid JSON, so not {what} ({reason}); download it again") from None

@@ -7,20 +7,27 @@ from typing import Any
 import yaml
 
 from wandapp.errors import WandappError, shorten
+from wandapp.small_file import read_small
 
 MAX_BYTES = 1 << 20  # the parser takes seconds and hundreds of bytes of memory for each megabyte
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with three differences.
+    """The safe loader with four differences.
 
     Numbers stay text for pydantic: YAML 1.1 reads 2:4 as 124 and 1e-7 as a word. Aliases are refused, since a few of them
-    make a structure without end. A key that comes twice is refused, since the first would be lost.
+    make a structure without end. A key that comes twice is refused, since the first would be lost. Of the tags that a file can
+    write, such as !!float, only those of plain YAML are known.
     """
 
     yaml_implicit_resolvers = {
         first: [(tag, form) for tag, form in resolvers if tag.rpartition(":")[2] in ("bool", "null")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("bool", "null", "str", "seq", "map")
     }
 
     def compose_node(self, parent: Any, position: Any) -> Any:
@@ -46,8 +53,7 @@ def read_mapping(path: str | Path, what: str) -> dict[str, Any]:
     raises  WandappError on a file that cannot be read, is large, or is anything but plain 'key: value' lines
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_small(path, MAX_BYTES)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise WandappError(f"{path}: the {what} cannot be read ({reason}); check the path") from None

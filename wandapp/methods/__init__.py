@@ -27,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
 }
 REFINERS = {"ro": RegionalOptimisation, "reconstruct": Reconstruction}
 ALIASES = {"wanda++": "rgs+ro"}
+MAX_REFINERS = 8  # of one method
 # Who reads an option that does not begin with the name of its only reader.
 _READERS = {
     "alpha": ("rgs", "gblm"),
@@ -41,6 +42,8 @@ def resolve(name: str) -> tuple[str, ...]:
     method, *refiners = ALIASES.get(name, name).split("+")
     if method not in METHODS:
         raise WandappError(f"method {shorten(name)!r} does not exist; {nearest(name, [*METHODS, *ALIASES])}")
+    if len(refiners) > MAX_REFINERS:
+        raise WandappError(f"method {shorten(name)!r} has {len(refiners)} refiners; {MAX_REFINERS} are the most")
     for refiner in refiners:
         if refiner not in REFINERS:
             raise WandappError(
