@@ -190,7 +190,8 @@ def encode(tokenizer: Any | None, texts: list[str]) -> list[list[int]]:
         raise WandappError("text needs a tokenizer, got none; pass one, or give token ids [samples, seq_len]")
     if not texts:
         return []
-    with tokenizer_errors(f"{tokenizer.name_or_path or 'the tokenizer'}: the tokenizer cannot read this text"):
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    with tokenizer_errors(f"{name}: the tokenizer cannot read this text"):
         return tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
 
 

@@ -1,5 +1,6 @@
 """Text by name: built-in, C4, WikiText-2, any hub dataset, or a file. Calibration and perplexity read from here."""
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -235,7 +236,8 @@ def _read_bytes(path: Path) -> bytes:
     size, free = path.stat().st_size, free_bytes()
     with open(path, "rb") as file:
         beginning = file.read(1 << 20)
-        _refuse_nul(path, beginning.find(b"\0"))
+        if not beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # of which decoding tells
+            _refuse_nul(path, beginning.find(b"\0"))
         if size > free / _MEMORY_OVER_SIZE:
             raise WandappError(
                 f"{path}: {size / 2**30:.1f} GiB of text, of which memory takes {free / _MEMORY_OVER_SIZE / 2**30:.1f} GiB at "
