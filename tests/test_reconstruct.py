@@ -7,6 +7,8 @@ import torch
 
 import wandapp
 from wandapp.blocks import find_blocks
+from wandapp.config import PruneConfig
+from wandapp.methods import reconstruct
 from wandapp.methods.reconstruct import rate_factor
 
 LR = 1e-3
@@ -123,6 +125,23 @@ def test_the_dense_path_is_followed_wherever_the_refiner_stands(tiny_model, meth
     report = prune(tiny_model("llama")[0], method, ro_rounds=1, ro_samples=2, reconstruct_passes=1, reconstruct_lr=1e-3)
     assert "dense path" in report.seconds_by_phase
     assert all(block.error < block.error_before for block in report.blocks)
+
+
+def test_more_samples_get_fewer_passes_unless_their_number_is_given():
+    passes = {samples: PruneConfig().passes_of_reconstruction(samples) for samples in (1, 64, 128, 4096)}
+    assert passes == {1: 8, 64: 8, 128: 4, 4096: 2}
+    assert PruneConfig(reconstruct_passes=5).passes_of_reconstruction(128) == 5
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_compute_auto_takes_bfloat16_where_the_device_multiplies_it(tiny_model, monkeypatch, has_it):
+    monkeypatch.setattr(reconstruct, "multiplies_bfloat16", lambda device: has_it)
+    models = {compute: tiny_model("llama")[0] for compute in ("auto", "bfloat16", "storage")}
+    for compute, model in models.items():
+        prune(model, "wanda+reconstruct", reconstruct_passes=1, reconstruct_compute=compute)
+    states = {compute: model.state_dict()["model.layers.1.mlp.up_proj.weight"] for compute, model in models.items()}
+    assert torch.equal(states["auto"], states["bfloat16"]) == has_it
+    assert torch.equal(states["auto"], states["storage"]) != has_it
 
 
 def test_products_in_bfloat16_leave_masters_and_storage_in_fp32(tiny_model):

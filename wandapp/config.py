@@ -16,6 +16,8 @@ from wandapp.pattern import SparsityPattern
 
 RECIPE_FILE = "wandapp/recipe.yaml"
 MAX_COUNT = 10**7  # of samples, and of tokens in one: what a typing error exceeds, and a mistake may ask memory for
+# More samples want fewer passes: what matters is the number of steps (docs/methods.md), and cost grows with it
+RECONSTRUCT_STEPS, FEWEST_PASSES, MOST_PASSES = 512, 2, 8
 _DTYPE_SYNONYMS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
 
 
@@ -103,7 +105,12 @@ class PruneConfig(Options):
     ro_loss: Literal["frobenius", "token"] | None = Field(
         None, description="ro: squared error of the outputs as they are, or with each token divided by its target's RMS"
     )
-    reconstruct_passes: int = Field(8, ge=0, description="passes of +reconstruct over all calibration samples")
+    reconstruct_passes: int | None = Field(
+        None,
+        ge=0,
+        description="passes of +reconstruct over all calibration samples; default: as many as make 512 steps of a sample "
+        "each, but 2 to 8",
+    )
     reconstruct_lr: float = Field(
         2e-2,
         gt=0,
@@ -117,8 +124,10 @@ class PruneConfig(Options):
         "dense-path",
         description="+reconstruct: aim at the dense block's outputs on the pruned model's states, or at the dense model's",
     )
-    reconstruct_compute: Literal["storage", "bfloat16"] | None = Field(
-        None, description="type of the products in +reconstruct's steps; masters and losses are fp32"
+    reconstruct_compute: Literal["storage", "bfloat16", "auto"] | None = Field(
+        None,
+        description="type of the products in +reconstruct's steps, auto: bfloat16 where the device multiplies it; masters and "
+        "losses are fp32",
     )
     gblm_norm: Literal["l2", "l1"] = Field("l2", description="how gblm joins gradients of samples (arXiv:2311.04902)")
     gblm_cache: str | None = Field(
@@ -158,6 +167,12 @@ class PruneConfig(Options):
     def is_allocated(self) -> bool:
         """Whether blocks differ in sparsity, so that `sparsity` is that of all together."""
         return self.allocate != "uniform"
+
+    def passes_of_reconstruction(self, samples: int) -> int:
+        """`reconstruct_passes`, or its default for that many samples."""
+        if self.reconstruct_passes is not None:
+            return self.reconstruct_passes
+        return min(MOST_PASSES, max(FEWEST_PASSES, round(RECONSTRUCT_STEPS / samples)))
 
     def resolved(self) -> "PruneConfig":
         """The same with every open method option filled in from the preset, and the method if none was named."""
@@ -237,4 +252,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # The lowest perplexity measured so far (docs/methods.md, Presets)
-PRESETS["best"] = PRESETS["robust"] | {"method": "admm+reconstruct", "reconstruct_compute": "bfloat16"}
+PRESETS["best"] = PRESETS["robust"] | {"method": "admm+reconstruct", "reconstruct_compute": "auto"}

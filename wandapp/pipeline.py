@@ -25,6 +25,7 @@ from wandapp.methods.base import BlockRecord, Method
 from wandapp.models import resolve_device
 from wandapp.pattern import SparsityPattern
 from wandapp.report import MachineRate, Progress, PruneReport, block_figures, peak_gib, versions
+from wandapp.skipping import skipping_zeros
 from wandapp.store import ModelStore
 from wandapp.verify import offence
 
@@ -150,7 +151,8 @@ def _run(
                 _recheck(block, record)
             with clock("forward"):
                 if index + 1 < len(store) and store.done < len(store):
-                    block.run_(hidden)
+                    with skipping_zeros(block):
+                        block.run_(hidden)
                     clock.synchronize(hidden)
             report.add(block.flops, record)
         report.seconds_by_phase["disk"] = store.io_seconds - waited

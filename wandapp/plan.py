@@ -214,7 +214,7 @@ def _flops(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, atten
     probes = min(ERROR_SAMPLES, samples)
     steps = {
         "ro": config.ro_rounds * min(config.ro_samples, samples),
-        "reconstruct": config.reconstruct_passes * (samples - probes * (samples > 2 * ERROR_SAMPLES)),
+        "reconstruct": config.passes_of_reconstruction(samples) * (samples - probes * (samples > 2 * ERROR_SAMPLES)),
     }
     for refiner in refiners:  # a backward per step; errors before and after
         flops += seq_len * forward * (3.0 * steps.get(refiner, 0) + 4.0 * probes)

@@ -68,6 +68,7 @@ struct Avx2 {
   }
 
   static constexpr int kTileVectors = 1, kTileTokens = 6;
+  static constexpr int kSkipVectors = 4;
   static constexpr bool kMultipliesPairs = false;
   static void transpose(Floats* vectors) {
     __m256 blocks[4][8];

@@ -38,6 +38,7 @@ struct Avx512 {
   static Floats only(Floats a, uint32_t keep) { return _mm512_maskz_mov_ps(__mmask16(keep), a); }
 
   static constexpr int kTileVectors = 2, kTileTokens = 14;  // 28 sums, two vectors of weights, one of x
+  static constexpr int kSkipVectors = 8;
   static constexpr bool kMultipliesPairs = false;
   static void transpose(Floats* a) {
     Floats pairs[16], fours[16];

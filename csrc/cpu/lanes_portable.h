@@ -69,6 +69,8 @@ struct Portable {
 
   // A tile's rows in vectors of 16, and the tokens whose sums with these fit the registers.
   static constexpr int kTileVectors = 1, kTileTokens = 4;
+  // Vectors of tokens whose sums with one row fit the registers.
+  static constexpr int kSkipVectors = 4;
   // Whether there are expand_pairs and add_pairs: a lane of the former is two bf16 columns, the latter adds both products.
   static constexpr bool kMultipliesPairs = false;
   // Lane j of vector i becomes lane i of vector j.

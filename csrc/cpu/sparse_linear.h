@@ -1,21 +1,26 @@
-// y = x W^T + b, reading W in packed form: by rows for few tokens, by tiles of rows for more.
+// y = x W^T + b, reading W in packed form: by rows for few tokens, by tiles of rows for more, and
+// skipping what is not kept for very many where the products are in fp32.
 //
 // Memory is safe whatever the bitmask and the row offsets hold: no load leaves the values.
 #pragma once
 
 #include "cpu/sparse_rows.h"
 #include "cpu/sparse_tiles.h"
+//
+#include "cpu/sparse_skip.h"
 
 namespace wandapp {
 namespace {
 
-// Rows are cheaper for few tokens, since tiles cost their turning. How few was measured on Zen 4.
+// Rows are cheaper for few tokens, since tiles cost their turning; skipping turns x and y. How few was measured on Zen 4.
 template <class Lanes, class V, class T>
 void sparse_linear_of(const PackedWeight& packed, const LinearArgs& args, int threads) {
   constexpr bool pairs = Lanes::kMultipliesPairs && std::is_same<T, Bf16>::value;
   using Spreading = std::conditional_t<pairs, SpreadPairs<Lanes, V>, Spread<Lanes, V>>;
   using Picking = Pick<Lanes, V>;
-  constexpr int by_rows = 4, by_picks = pairs ? 1 : by_rows;
+  constexpr int by_rows = 4, by_picks = pairs ? 1 : by_rows, by_tiles = 255;
+  const bool skips = !pairs && packed.value_count < 0.7 * packed.rows * packed.cols;
+  if (args.tokens > by_tiles && skips) return multiply_skipping<Lanes, V, T>(packed, args, threads);
   if (args.tokens > by_rows) return multiply_by_tiles<Spreading, T>(packed, args, threads);
   if (args.tokens <= by_picks && Picking::can_multiply(packed)) {
     return multiply_by_rows<Picking, T, by_picks>(packed, args, threads);

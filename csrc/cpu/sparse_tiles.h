@@ -103,18 +103,26 @@ void multiply_tile(int tokens, const float* tile, const float* x, int64_t words,
   if constexpr (most > 1) multiply_tile<Words, most - 1>(tokens, tile, x, words, sums);
 }
 
+// y of one token and `count` rows, at most 16, from their sums.
+template <class Lanes, class T>
+void store_rows(const PackedWeight& packed, const LinearArgs& args, int64_t token, int64_t row, int64_t count,
+                typename Lanes::Floats sum) {
+  if (count == 16) {
+    if (packed.scale) sum = Lanes::mul(Lanes::load(packed.scale + row), sum);
+    if (args.bias) sum = Lanes::add(sum, Lanes::load(static_cast<const T*>(args.bias) + row));
+    return Lanes::store(static_cast<T*>(args.y) + token * packed.rows + row, sum);
+  }
+  float sums[16];
+  Lanes::store(sums, sum);
+  for (int64_t r = 0; r < count; r++) store_output<T>(packed, args, token, row + r, sums[r]);
+}
+
 template <class Lanes, class T>
 void store_tile(const PackedWeight& packed, const LinearArgs& args, int64_t row, int64_t rows, const float* sums) {
   for (int64_t t = 0; t < args.tokens; t++, sums += kTileRows<Lanes>) {
-    T* y = static_cast<T*>(args.y) + t * packed.rows + row;
-    int64_t r = 0;
-    for (; r + 16 <= rows; r += 16) {
-      auto sum = Lanes::load(sums + r);
-      if (packed.scale) sum = Lanes::mul(Lanes::load(packed.scale + row + r), sum);
-      if (args.bias) sum = Lanes::add(sum, Lanes::load(static_cast<const T*>(args.bias) + row + r));
-      Lanes::store(y + r, sum);
+    for (int64_t r = 0; r < rows; r += 16) {
+      store_rows<Lanes, T>(packed, args, t, row + r, std::min<int64_t>(16, rows - r), Lanes::load(sums + r));
     }
-    for (; r < rows; r++) store_output<T>(packed, args, t, row + r, sums[r]);
   }
 }
 

@@ -13,6 +13,7 @@ def sparse_linear(x: Tensor, packed: Packed, bias: Tensor | None = None, *, back
     """x W^T + bias for a packed W, products summed in fp32.
 
     int8 values: y_r = scale_r * sum_c q_rc x_c + bias_r
+    on CPUs, from 256 tokens on in fp32 arithmetic: columns that a row does not keep are skipped, NaN and Inf of x too
     bf16 on processors with AVX512-BF16: denormal weights and inputs (below 1.2e-38) count as zero, as in torch's product
 
     x        [..., in_features] in the dtype of packed.values; fp32, bf16 or fp16 where those are int8

@@ -99,7 +99,7 @@ def random_case(seed: int, damaged: bool) -> tuple[Packed, int, torch.dtype]:
         return choices[int(torch.randint(len(choices), (), generator=generator))]
 
     n, m = draw((None, None), (2, 4), (1, 2), (1, 4), (4, 8), (3, 5), (16, 32))
-    dtype, tokens = draw(*DTYPES), draw(0, 1, 2, 3, 5, 8, 11, 16, 31)
+    dtype, tokens = draw(*DTYPES), draw(0, 1, 2, 3, 5, 8, 11, 16, 31, 300)
     rows, groups = draw(0, 1, 2, 7, 33, 64), draw(1, 2, 8, 31, 32, 40)
     cols = groups * (m or draw(1, 4, 8))
     weight = torch.randn(rows, cols, generator=generator)

@@ -57,7 +57,7 @@ def test_denormal_rows_are_exact_and_zero_rows_stay_zero():
     assert torch.equal(unpack(rounded), weight) and rounded.scale.tolist() == [0.0, 2.0**-149, 0.0]
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 5, 8, 16, 17])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 5, 8, 16, 17, 260])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_product_is_that_of_the_rounded_weight(pattern, tokens, dtype, backend):
     n, m = PATTERNS[pattern]

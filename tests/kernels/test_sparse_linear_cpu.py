@@ -35,7 +35,7 @@ def packed_of(weight, pattern):
     return pack(weight) if pattern is None else pack(weight, n=pattern[0], m=pattern[1])
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 7, 8, 15, 16, 17, 33])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 7, 8, 15, 16, 17, 33, 261])
 @pytest.mark.parametrize("pattern", [None, (2, 4), (3, 5)], ids=["unstructured", "2:4", "3:5"])
 def test_equals_the_dense_product(tokens, pattern, dtype, backend):
     weight = sparse_weight(50, 120, pattern, dtype)
@@ -65,7 +65,9 @@ def test_leading_axes_and_strided_x(dtype, backend):
     check(sparse_linear(x[0, 0, 0], pack(weight, n=2, m=4), backend=backend), x[0, 0, 0], weight)
 
 
-@pytest.mark.parametrize(("tokens", "rows", "cols"), [(3, 40, 96), (29, 67, 96), (9, 33, 1100)])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "cols"), [(3, 40, 96), (29, 67, 96), (9, 33, 1100), (257, 40, 37), (300, 131, 1200)]
+)
 def test_integers_are_exact(tokens, rows, cols, dtype, backend):
     """Small integers leave nothing to rounding: every weight must meet its own input."""
     weight = torch.randint(-2, 3, (rows, cols)).to(dtype)
@@ -93,6 +95,15 @@ def test_nan_in_x_reaches_every_output_of_its_token(tokens, dtype, backend):
     assert y[0].isnan().all() and not y[1:].isnan().any()
 
 
+def test_many_tokens_skip_what_is_not_kept():
+    """In fp32: a NaN in a column reaches the rows that keep it, and no others."""
+    weight = torch.eye(40)
+    x = torch.ones(300, 40)
+    x[7, 5] = float("nan")
+    y = sparse_linear(x, pack(weight))
+    assert y[7, 5].isnan() and y.isnan().sum() == 1
+
+
 def test_denormal_weights_are_not_flushed(backend):
     """In fp32; vdpbf16ps takes denormal bf16 weights for zero."""
     weight = torch.full((2, 32), 1e-44)
@@ -106,9 +117,10 @@ def test_bf16_output_rounds_to_nearest_even(backend):
     assert sparse_linear(x, pack(weight), bias, backend=backend).tolist() == [[1.0, 3.0]]
 
 
-def test_result_does_not_depend_on_threads(dtype):
+@pytest.mark.parametrize("tokens", [2, 270])
+def test_result_does_not_depend_on_threads(tokens, dtype):
     weight = sparse_weight(300, 128, (2, 4), dtype)
-    x, packed, threads = torch.randn(2, 128).to(dtype), pack(weight, n=2, m=4), torch.get_num_threads()
+    x, packed, threads = torch.randn(tokens, 128).to(dtype), pack(weight, n=2, m=4), torch.get_num_threads()
     both = sparse_linear(x, packed)
     torch.set_num_threads(1)
     try:

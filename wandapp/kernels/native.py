@@ -22,3 +22,12 @@ def aligned(tensor: Tensor) -> Tensor:
 def instruction_set(isa: str | None) -> str:
     """The instruction set to run: an argument (tests), else WANDAPP_ISA, else the widest this machine has."""
     return isa or os.environ.get("WANDAPP_ISA") or "auto"
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether `device` has instructions for products of bf16, which then are faster than in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    from wandapp import _C
+
+    return _C.isa_runs_here("avx512bf16")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from wandapp.blocks import DecoderBlock
 from wandapp.distributed import Share
+from wandapp.kernels.native import multiplies_bfloat16
 from wandapp.methods.base import ERROR_SAMPLES, block_error, output_error
 from wandapp.methods.refiner import Masters, Refinement, Refiner, Snapshot, linear_parameters
 from wandapp.statistics import Measurements
@@ -85,7 +86,7 @@ class _Training:
         self.generator = torch.Generator().manual_seed(self.config.seed * 100_003 + block.index)
 
     def run(self) -> None:
-        passes = self.config.reconstruct_passes
+        passes = self.config.passes_of_reconstruction(self.share.total)
         optimiser = torch.optim.Adam(
             [{"params": [master], "lr": self._rate(master)} for master in self.masters.values.values()],
             betas=BETAS,
@@ -139,8 +140,9 @@ class _Training:
 
     def _precision(self) -> torch.autocast:
         """The type of a step's products; masters, gradients of masters and the loss are fp32."""
-        enabled = self.config.reconstruct_compute == "bfloat16"
-        return torch.autocast(self.hidden.device.type, torch.bfloat16, enabled=enabled)
+        device, compute = next(self.block.module.parameters()).device, self.config.reconstruct_compute
+        enabled = compute == "bfloat16" or compute == "auto" and multiplies_bfloat16(device)
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
     def _error(self) -> float:
         probe = self.probe
