@@ -33,6 +33,7 @@ FLOORS = {
     "wandapp.distributed": 3,
     "wandapp.statistics": 3,
     "wandapp.histograms": 3,
+    "wandapp.skipping": 3,
     "wandapp.channel_order": 3,
     "wandapp.folding": 3,
     "wandapp.permutation": 3,
