@@ -10,9 +10,9 @@ round; the rounds then choose by its score |W_ij| / U_jj.
 Differs from a literal reading: the input norms of a drawn sample are those of its latest forward (the dense pass, later
 its own optimisation steps), so that no forward is spent on norms alone.
 
-With R ranks a step takes one sample of each rank, so a round has M/R steps. A step of k samples uses the rate lr * sqrt(k)
-and the decay 0.99^k of the mean square: to first order k steps of one sample move a weight by the same mean and variance
-(the square-root rule of adaptive optimisers, arXiv:2205.10287).
+With R ranks a step takes one sample of each rank, so a round has M/R steps. A step of k samples uses the rate lr * k and the
+decay 0.99^k of the mean square: where samples pull a weight the same way, k steps of one sample move it as far (the linear
+rule, arXiv:1706.02677). docs/distributed.md has what the square-root rule, for gradients that are mostly noise, gave.
 """
 
 from itertools import zip_longest
@@ -86,7 +86,7 @@ class _Optimisation:
         for parameter in self.parameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
             self.ranks.sum_(gradient)
-            rate = self.learning_rate[parameter] * count**0.5
+            rate = self.learning_rate[parameter] * count
             rmsprop_(self.masters.values[parameter], gradient, self.mean_square[parameter], lr=rate, decay=DECAY**count)
             parameter.grad = None
             parameter.requires_grad_(False)
