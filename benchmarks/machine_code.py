@@ -88,12 +88,6 @@ def executed(code: Code, trips: tuple) -> float:
     return total
 
 
-def spills_in_loops(code: Code) -> int:
-    """Loads and stores of local memory that a loop repeats."""
-    places = [at for at, name, _ in code.listing if name.split(".")[0] in ("LDL", "STL")]
-    return sum(any(first <= at <= last for first, last in _loops(code)) for at in places)
-
-
 def innermost_loop(code: Code, mnemonic: str) -> tuple[int, int]:
     """(instructions, those of them that are `mnemonic`) of the smallest loop that has any."""
     bodies = [[name for at, name, _ in code.listing if first <= at <= last] for first, last in _loops(code)]

@@ -16,7 +16,7 @@ import re
 from dataclasses import asdict, dataclass, field
 
 import triton
-from machine_code import Code, executed, innermost_loop, read_cubin, read_extension, spills_in_loops, widths
+from machine_code import Code, executed, innermost_loop, read_cubin, read_extension, widths
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -63,7 +63,6 @@ class Report:
     spill_bytes: int
     shared_bytes: int
     programs_per_sm: int = 0
-    spills_in_loops: int = 0
     load_bits: dict = field(default_factory=dict)
     store_bits: dict = field(default_factory=dict)
     instructions_per_byte: float = 0.0
@@ -101,7 +100,7 @@ def statistics_cases() -> list[Case]:
     sums = Case(
         "pairwise_max_sum fp32", max_sum._max_sum_kernel, {"left_ptr": "*fp32", "right_ptr": "*fp32", "out_ptr": "*fp32"},
         {"BLOCK_ROWS": side, "BLOCK_OTHER": max_sum.BLOCK_OTHER}, side * max_sum.BLOCK_OTHER, moved, moved,
-        trips=(depth,), warps=8, fusion=True, bytes_asked=2 * side * 4,
+        trips=(depth,), warps=8, registers=max_sum.REGISTERS, fusion=True, bytes_asked=2 * side * 4,
     )  # fmt: skip
     return [sumsq, block, step, sums]
 
@@ -264,7 +263,6 @@ def analyse(case: Case, arch: int = 90) -> Report:
     report = Report(case.name, code.registers, code.stack_bytes, compiled.metadata.shared)
     report.programs_per_sm = programs_per_sm(report, case.warps, arch)
     report.load_bits, report.store_bits = widths(code, "LDG"), widths(code, "STG")
-    report.spills_in_loops = spills_in_loops(code)
     bytes_per_thread = case.weights * case.bytes_moved / (32 * case.warps)
     report.instructions_per_byte = round(executed(code, case.trips) / bytes_per_thread, 2)
     report.bytes_ratio = round(case.bytes_moved / case.bytes_minimum, 3)
@@ -291,7 +289,6 @@ def cuda_reports(arch: int = 90) -> list[Report]:
         report = Report(f"cuda {name}", code.registers, code.stack_bytes, code.shared_bytes)
         report.programs_per_sm = min(programs, programs_per_sm(report, threads // 32, arch))
         report.load_bits, report.store_bits = widths(code, "LDG"), widths(code, "STG")
-        report.spills_in_loops = spills_in_loops(code)
         report.instructions_per_byte = round(instructions, 2)
         in_flight = report.programs_per_sm * threads * bytes_asked
         fraction = min(1.0, INSTRUCTIONS_PER_BYTE / instructions, in_flight / BYTES_IN_FLIGHT)

@@ -18,7 +18,7 @@ OVER_THE_LIMIT = {
     "wide rows: writing": 13.0,
     "pack 50%: writing": 10.5,
     "sparse_linear 50%": 23.0,
-    "compensate": 320.0,
+    "compensate": 240.0,
     "pairwise_max_sum": 40.0,  # bound by arithmetic: a maximum and a sum for 1/8 byte
     "odd rows": 11.5,
 }
@@ -54,10 +54,7 @@ def allowance(table, name, default):
 
 
 def test_nothing_spills(reports):
-    """But one pointer of two kernels on sm_80, set aside before a loop and fetched after it."""
-    spilled = {r["name"]: r["spill_bytes"] for r in reports if r["spill_bytes"]}
-    assert spilled in ({}, {"compensate 2:4 fp32": 8, "pairwise_max_sum fp32": 8})
-    assert not [r["name"] for r in reports if r["spills_in_loops"]]
+    assert not [(r["name"], r["spill_bytes"]) for r in reports if r["spill_bytes"]]
 
 
 def test_loads_are_at_least_8_bytes_wide(reports):

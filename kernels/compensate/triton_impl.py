@@ -84,7 +84,7 @@ def _compensate_block_kernel(
         pruned = weight_tile - tl.where(used != 0, weight_tile, 0.0)  # NaN - NaN stays NaN: a kept one is reported too
         error = tl.div_rn(_column(pruned, offs_cols, c), tl.zeros((BLOCK_ROWS, 1), tl.float32) + pivot)
         error_tile = tl.where(at_c, error, error_tile)
-        spread = tl.where((offs_cols > c)[None, :], weight_tile - error * factor_row, weight_tile)
+        spread = weight_tile - error * factor_row  # up to c the factor is 0
         weight_tile = tl.where(at_c & (used == 0), 0.0, spread)
 
     tl.store(weight_ptrs, weight_tile, mask=inside)
