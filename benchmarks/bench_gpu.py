@@ -299,7 +299,14 @@ def check_selection(bench: Bench) -> None:
 def check_statistics(bench: Bench) -> None:
     from wandapp.kernels.column_sumsq import column_sumsq
     from wandapp.kernels.compensate import compensate_block_
+    from wandapp.kernels.max_sum import pairwise_max_sum
     from wandapp.kernels.rmsprop import rmsprop_
+
+    def exchanges(rows, other_rows, depth, backend):
+        left, right = torch.randn(rows, depth, device=DEVICE), torch.randn(other_rows, depth, device=DEVICE)
+        expected = torch.maximum(left.double()[:, None], right.double()[None]).sum(2)
+        error = relative_error(pairwise_max_sum(left, right, backend=backend), expected)
+        require(error < 1e-5, f"relative error {error:.1e}")
 
     def sums(x, backend):
         error = relative_error(column_sumsq(x, backend=backend), x.double().square().sum(-2))
@@ -324,6 +331,10 @@ def check_statistics(bench: Bench) -> None:
         for ours, expected in zip(*results, strict=True):
             require(relative_error(ours, expected) < 1e-6, f"differs by {relative_error(ours, expected):.1e}")
 
+    for backend in backends("pairwise_max_sum"):
+        for shape in [(1, 1, 1), (37, 65, 33), (200, 200, 1100)]:
+            name = f"check pairwise_max_sum {backend} {shape}"
+            bench.check(name, partial(exchanges, *shape, backend))
     for backend in backends("rmsprop_"):
         for dtype in DTYPES:
             for shape in [(1,), (37, 65), (512, 4096)]:
