@@ -2,6 +2,7 @@
 //
 // The threads of a block are fibers that take turns on one OS thread and hand over where they must wait: at __syncthreads
 // and inside mma.sp, whose operands lie with the 32 lanes of a warp. Where CUDA would deadlock, so does this (it throws).
+// A warp runs as far as it can before the next one moves: what only a missing barrier keeps apart meets here.
 #pragma once
 
 #include <ucontext.h>
@@ -57,7 +58,7 @@ namespace fibers {
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  bool done;
+  bool done, at_block_barrier;
 };
 
 struct Barrier {
@@ -87,7 +88,9 @@ inline void wait(Barrier& barrier, int members) {
     return;
   }
   const unsigned me = current;
+  all[me].at_block_barrier = &barrier == &block;
   while (barrier.generation == generation) swapcontext(&all[me].context, &scheduler);
+  all[me].at_block_barrier = false;
 }
 
 inline void enter() {
@@ -109,18 +112,25 @@ inline void run_block(unsigned threads) {
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
-    fiber.done = false;
+    fiber.done = fiber.at_block_barrier = false;
     makecontext(&fiber.context, enter, 0);
   }
-  for (unsigned running = threads, turns = 0; running; ++turns) {
-    if (turns > 1000000) throw std::runtime_error("a barrier that not every thread reaches");
-    running = 0;
-    for (current = 0; current < threads; ++current) {
-      if (all[current].done) continue;
-      threadIdx.x = current;
-      swapcontext(&scheduler, &all[current].context);
-      if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
-      running += !all[current].done;
+  unsigned turns = 0;
+  for (bool running = true; running;) {
+    running = false;
+    for (unsigned first = 0; first < threads; first += 32) {
+      for (bool moving = true; moving;) {
+        if (++turns > 1000000) throw std::runtime_error("a barrier that not every thread reaches");
+        moving = false;
+        for (current = first; current < first + 32 && current < threads; ++current) {
+          if (all[current].done) continue;
+          threadIdx.x = current;
+          swapcontext(&scheduler, &all[current].context);
+          if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+          running |= !all[current].done;
+          moving |= !all[current].done && !all[current].at_block_barrier;
+        }
+      }
     }
   }
 }

@@ -116,7 +116,7 @@ def random_case(seed: int, damaged: bool) -> tuple[Packed, int, torch.dtype]:
         offsets = packed.row_offsets
         if offsets is not None:
             offsets = torch.randint(-(2**62), 2**62, offsets.shape, generator=generator)
-            offsets = draw(offsets, packed.row_offsets + 7, packed.row_offsets.flip(0))
+            offsets = draw(offsets, packed.row_offsets + 7, packed.row_offsets - 1, packed.row_offsets.flip(0))
         packed = packed._replace(bitmask=draw(bits, torch.full_like(bits, 255)), row_offsets=offsets)
     return packed, tokens, dtype
 
