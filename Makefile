@@ -54,7 +54,7 @@ lint: venv
 	$(VENV)/bin/python -m mypy
 
 coverage: venv
-	$(PYTEST) -m "not slow" --cov=wandapp --cov-report=term-missing:skip-covered
+	$(PYTEST) -m "not slow" --cov=wandapp --cov-report=term-missing:skip-covered --cov-fail-under=92
 
 docs: venv $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict

@@ -102,6 +102,18 @@ def test_quiet_keeps_warnings_and_result_only(capfd):
     assert capfd.readouterr() == ("42\n", "warning: look out\n")
 
 
+def test_progress_on_a_terminal_is_one_line_that_goes_away(capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich: this is a terminal
+    set_verbosity(Verbosity.NORMAL)
+    with Output().progress("block") as update:
+        for done in range(1, 10):
+            update(done, 9, "1.5 GiB", 75.0)
+    drawn = capfd.readouterr().err
+    last = drawn.replace("\r", "\n").splitlines()
+    assert any("9/9" in line and "eta 1:15" in line for line in last), drawn
+    assert drawn.rstrip().endswith("\x1b[2K")  # the line is cleared
+
+
 @pytest.mark.parametrize(("verbosity", "lines"), [(Verbosity.NORMAL, 2), (Verbosity.VERBOSE, 9)])
 def test_progress_in_a_file_is_first_last_and_every_30_seconds_or_every_step(verbosity, lines, capfd):
     set_verbosity(verbosity)
