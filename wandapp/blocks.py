@@ -100,7 +100,7 @@ class _Watch(TorchFunctionMode):
         view = None
         if positions and len(args) > positions[1] and args[positions[1]].dim() == 2:
             view = self.views.get(args[positions[1]].data_ptr())
-        if view is None:
+        if positions is None or view is None:
             return func(*args, **(kwargs or {}))
         x = args[positions[0]]
         if view.name == self.last:
@@ -316,7 +316,7 @@ def _replaced_forwards(blocks: nn.ModuleList, replace: Callable[[int, Tensor, Re
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             keyword = None if args else "hidden_states"
-            hidden = args[0] if args else kwargs[keyword]
+            hidden = args[0] if keyword is None else kwargs[keyword]
             rest = {key: value for key, value in kwargs.items() if key != keyword}
             output = replace(index, hidden, RecordedCall(args[1:], rest, keyword))
             if not wrappers:
@@ -363,7 +363,7 @@ def record(
     calls: list[dict[int, RecordedCall]] = [{} for _ in blocks]
     times_recorded: dict[int, int] = {}
     hidden_states: Tensor | None = None
-    start = 0
+    start: int | None = 0  # of the batch in work among the samples; None once all have been through
 
     def on_call(index: int, hidden: Tensor, call: RecordedCall) -> Tensor:
         nonlocal hidden_states

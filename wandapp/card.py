@@ -62,8 +62,10 @@ def _text(path: Path) -> str:
 
 def base_model(reference: str | None) -> str | None:
     """The hub's name of the model that was pruned, or None where it has none (a local path)."""
+    if reference is None:
+        return None
     reference = _HUB_NAMES.get(reference, reference)
-    is_id = reference and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", reference) and not Path(reference).exists()
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", reference) and not Path(reference).exists()
     return reference if is_id else None
 
 

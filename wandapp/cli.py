@@ -79,7 +79,8 @@ def prune_command(
     ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="say what memory, disk and time it will take, and stop")] = False,
     json_only: Json = False,
-    options: dict[str, Any] | None = None,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """Prune MODEL and write a checkpoint that transformers loads."""
     output = Output(json_only)
@@ -200,11 +201,12 @@ def verify_command(
     from wandapp.weight_files import is_packed, refuse_special_files
 
     refuse_special_files(folder)
-    output, has_recipe = Output(json_only), (folder / RECIPE_FILE).is_file()
-    recipe = PruneConfig.of_checkpoint(folder) if sparsity is None or has_recipe else None
-    if recipe and sparsity is None:
-        sparsity, skip = recipe.sparsity, skip or list(recipe.skip)
-    is_allocated = recipe is not None and recipe.is_allocated
+    output, is_allocated = Output(json_only), False
+    if sparsity is None or (folder / RECIPE_FILE).is_file():
+        recipe = PruneConfig.of_checkpoint(folder)
+        is_allocated = recipe.is_allocated
+        if sparsity is None:
+            sparsity, skip = recipe.sparsity, skip or list(recipe.skip)
     options: dict[str, Any] = {"skip": tuple(skip or ()), "together": is_allocated}
     if is_packed(folder):
         report = verify_packed(folder, sparsity, **options)

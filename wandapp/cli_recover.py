@@ -28,7 +28,8 @@ def recover_command(
     push_to_hub: PushToHub = None,
     private: Private = False,
     json_only: Json = False,
-    options: dict[str, Any] | None = None,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """Train a pruned checkpoint on some text, zeros kept."""
     output = Output(json_only)

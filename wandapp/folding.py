@@ -151,8 +151,9 @@ def _intermediate_folds(block: DecoderBlock, consumer: str, producers: list[str]
         yield Fold(consumer, columns, {producers[0]: torch.cat([2 * columns, 2 * columns + 1], dim=2)})
 
 
-def expert_fold(sibling: Fold, index: int) -> Fold:
-    """The fold of another expert that is stored with the sibling's."""
+def expert_fold(sibling: Fold, consumer: str) -> Fold:
+    """The fold of another expert, whose consumer is stored with the sibling's and carries its own index."""
+    index = consumer.rpartition(".")[2]
 
     def of_expert(name: str) -> str:
         return f"{name.rpartition('.')[0]}.{index}"

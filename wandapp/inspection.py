@@ -174,8 +174,11 @@ def _fused(linears: Iterable[LinearFacts]) -> Iterator[LinearFacts]:
     for name in by_name:
         parent, _, leaf = name.rpartition(".")
         for leaves in FUSIONS:
-            parts = [by_name.get(f"{parent}.{other}") for other in leaves]
-            if leaf != leaves[0] or None in parts or len({part.shape[1] for part in parts}) != 1:
+            names = [f"{parent}.{other}" for other in leaves]
+            if leaf != leaves[0] or not by_name.keys() >= set(names):
+                continue
+            parts = [by_name[name] for name in names]
+            if len({part.shape[1] for part in parts}) != 1:
                 continue
             shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
             common = [pattern for pattern in parts[0].patterns if all(pattern in part.patterns for part in parts)]

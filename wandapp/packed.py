@@ -157,7 +157,7 @@ class PackedCheckpoint:
 
     @property
     def _nm(self) -> tuple[int, int] | None:
-        return (self.pattern.n, self.pattern.m) if self.pattern.is_structured else None
+        return self.pattern.n_and_m if self.pattern.is_structured else None
 
     def _parts(self, linear: PackedLinear) -> list[str]:
         """Names of the tensors that hold it."""

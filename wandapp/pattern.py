@@ -57,6 +57,12 @@ class SparsityPattern:
     def is_structured(self) -> bool:
         return self.m is not None
 
+    @property
+    def n_and_m(self) -> tuple[int, int]:
+        """Of a structured pattern."""
+        assert self.n is not None and self.m is not None
+        return self.n, self.m
+
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" if self.is_structured else f"{self.sparsity!r}"
 
@@ -108,11 +114,12 @@ class SparsityPattern:
 
     def _first_crowded(self, present: Tensor) -> tuple[int, int] | None:
         """(row, first column) of the first group that holds more than n; counts by strided sums, six times sum(2)'s speed."""
-        counts = present[:, :: self.m].short()  # [rows, in / m]
-        for column in range(1, self.m):
-            counts += present[:, column :: self.m]
-        position = _first_true(counts > self.n)
-        return position and (position[0], position[1] * self.m)
+        n, m = self.n_and_m
+        counts = present[:, ::m].short()  # [rows, in / m]
+        for column in range(1, m):
+            counts += present[:, column::m]
+        position = _first_true(counts > n)
+        return position and (position[0], position[1] * m)
 
     def _first_beyond(self, present: Tensor, in_features: int) -> tuple[int, int] | None:
         """(row, column) of the first non-zero that is one too many in its row of `present`; columns wrap at in_features."""

@@ -100,7 +100,7 @@ class _Search:
         if not layouts:
             return []
         known = {fold.consumer: fold for fold in layouts[0]}
-        return [known.get(name) or expert_fold(layouts[0][0], self.block.linears[name].index) for name in consumers]
+        return [known.get(name) or expert_fold(layouts[0][0], name) for name in consumers]
 
     def _holds(self, folds: list[Fold], trace: Trace) -> bool:
         """Whether channels may change places so; the weights come back as they were."""
@@ -131,8 +131,9 @@ class _Search:
     def _best_order(self, fold: Fold) -> tuple[Tensor, Kept]:
         """(order [sets, channels], score kept) of one map's inputs."""
         score = self.score(self.block.linears[fold.consumer])
+        n, m = self.pattern.n_and_m
         found = [
-            best_order(score[:, columns].permute(1, 2, 0).flatten(1), n=self.pattern.n, m=self.pattern.m)
+            best_order(score[:, columns].permute(1, 2, 0).flatten(1), n=n, m=m)
             for columns in fold.columns.to(score.device)
         ]
         total = max(sum(one.total for one in found), 1e-30)

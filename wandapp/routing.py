@@ -156,7 +156,7 @@ def measure(packed: Packed, tokens: int) -> Choice:
         raise WandappError(
             f"{shape_name(packed)}: torch's own product is wrong by more than {TOLERANCE} on this device"
         )
-    best = min(times, key=times.get)
+    best = min(times, key=times.__getitem__)
     return Choice(kernel=best, time_us=times[best], dense_us=times[DENSE], wrong=wrong, refused=refused)
 
 

@@ -21,7 +21,7 @@ Json = dict[str, Any]
 class Run:
     """One checkpoint.
 
-    prune, recover   their reports, or None
+    prune, recover   their reports; empty where there is none
     perplexities     results of eval, newest last; tasks likewise
     bench            figures of `bench inference` by form, "dense" and "sparse", or None
     stored_bytes     of its safetensors files, or None where its folder is not known
@@ -31,8 +31,8 @@ class Run:
     name: str
     folder: Path | None = None
     recipe: Json = field(default_factory=dict)
-    prune: Json | None = None
-    recover: Json | None = None
+    prune: Json = field(default_factory=dict)
+    recover: Json = field(default_factory=dict)
     losses: list[Json] = field(default_factory=list)
     perplexities: list[Json] = field(default_factory=list)
     tasks: list[Json] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def pattern(self) -> str:
-        known = self.prune or self.recover or {}
+        known = self.prune or self.recover
         return "" if self.is_dense else known.get("pattern", "") or self.recipe.get("sparsity", "")
 
     @property
@@ -83,7 +83,7 @@ class Run:
     @property
     def warnings(self) -> list[str]:
         """What the run warned of, or why it failed."""
-        return list((self.prune or {}).get("warnings", [])) + ([f"failed: {self.failure}"] if self.failure else [])
+        return list(self.prune.get("warnings", [])) + ([f"failed: {self.failure}"] if self.failure else [])
 
 
 def text_key(result: Json) -> tuple:
@@ -109,7 +109,7 @@ def read_runs(places: Sequence[str | Path]) -> list[Run]:
                 _add(runs, result, place)
     dense = {run.model for run in runs.values() if run.model}
     for run in runs.values():
-        run.is_dense = run.prune is None and run.recover is None and run.name in dense
+        run.is_dense = not run.prune and not run.recover and run.name in dense
         if run.is_dense and run.stored_bytes is None:
             run.stored_bytes = _weight_bytes(Path(run.name))
     _name_apart(runs.values())
@@ -144,8 +144,8 @@ def _recipe(path: Path) -> Json:
     return PruneConfig.from_yaml(path).model_dump(mode="json") if path.is_file() else {}
 
 
-def _optional(path: Path) -> Json | None:
-    return _one_object(path.read_text(encoding="utf-8"), path) if path.is_file() else None
+def _optional(path: Path) -> Json:
+    return _one_object(path.read_text(encoding="utf-8"), path) if path.is_file() else {}
 
 
 def _lines(path: Path) -> list[Json]:

@@ -256,7 +256,7 @@ def measure(
     ranks: Ranks,
     *,
     outputs: int | None = None,
-    loss: str = "frobenius",
+    loss: str | None = "frobenius",
 ) -> Measurements:
     """Statistics `needs` of every linear map over the samples of all ranks, in one pass of the block.
 
@@ -279,6 +279,7 @@ def measure(
         with torch.set_grad_enabled(with_gradient):
             output = block.watch(hidden[rows], collector, stop=stop, leaves=with_gradient)
             if with_gradient:
+                assert output is not None and loss is not None
                 block.backward(regional_loss(output, loss), tokens=output.shape[0] * output.shape[1])
         if rows.start < kept:
             measured.outputs[rows] = output.detach()[: kept - rows.start]

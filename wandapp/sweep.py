@@ -140,7 +140,7 @@ class Sweep:
             return []
         models = sorted({tuple(getattr(recipe, name) for name in _DENSE) for recipe in recipes})
         recipes = [PruneConfig(**dict(zip(_DENSE, values, strict=True))) for values in models]
-        return [self._job(f"dense-{Path(recipe.model).name}", recipe, is_dense=True) for recipe in recipes]
+        return [self._job(f"dense-{Path(str(recipe.model)).name}", recipe, is_dense=True) for recipe in recipes]
 
     def _job(self, words: str, recipe: PruneConfig, is_dense: bool = False) -> Job:
         job = Job("", "", recipe, self.options.evaluate, is_dense)

@@ -47,9 +47,9 @@ def compensate_block_(
     check_like("factor", factor, (width, width), weight.device)
     require((n is None) == (m is None), f"n and m go together, got n={n}, m={m}")
     require((n is None) != (mask is None), "give exactly one of n:m and mask")
-    if mask is None:
+    if n is not None and m is not None:
         check_group(n, m, width)
-    else:
+    elif mask is not None:
         require(
             mask.shape == weight.shape and mask.dtype == torch.bool and mask.device == weight.device,
             f"mask must be bool {list(weight.shape)} on {weight.device}, got {mask.dtype} {list(mask.shape)}",

@@ -51,10 +51,10 @@ def pack(weight: Tensor, *, n: int | None = None, m: int | None = None, backend:
     """
     check_matrix("weight", weight)
     require((n is None) == (m is None), f"n and m go together, got n={n}, m={m}")
-    if n is not None:
-        check_group(n, m, weight.shape[1])
+    pattern = None if n is None or m is None else (n, m)
+    if pattern:
+        check_group(*pattern, weight.shape[1])
     values, bitmask, row_offsets = _pack(unit_column_stride(weight), n, m, backend)
-    pattern = None if n is None else (n, m)
     return Packed(values, bitmask, row_offsets if n is None else None, (weight.shape[0], weight.shape[1]), pattern)
 
 
@@ -127,12 +127,13 @@ def join_rows(parts: list[Packed]) -> Packed:
         len({part.values.dtype for part in parts}) == 1, "values of joined rows must be of one dtype; pack them anew"
     )
     values, bitmask = torch.cat([part.values for part in parts]), torch.cat([part.bitmask for part in parts])
-    scale = None if parts[0].scale is None else torch.cat([part.scale for part in parts])
+    scales = [part.scale for part in parts if part.scale is not None]
     row_offsets = None
     if parts[0].row_offsets is not None:
         counts = torch.cat([part.row_offsets.diff() for part in parts])
         row_offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     rows = sum(part.shape[0] for part in parts)
+    scale = torch.cat(scales) if scales else None
     return Packed(values, bitmask, row_offsets, (rows, parts[0].shape[1]), parts[0].pattern, scale)
 
 
@@ -146,7 +147,7 @@ def _pack(weight: Tensor, n: int | None, m: int | None, backend: str | None) -> 
     launch = dispatch.launcher("pack", weight.device, backend)
     values, bitmask, row_offsets, offender = launch(weight, n=n, m=m)
     index = int(offender)
-    if index >= 0:
+    if index >= 0 and n is not None and m is not None:
         nonzeros = (weight != 0).reshape(len(weight), -1, m).sum(-1)  # counted only now: kernels look for the first
         crowded = int((nonzeros > n).sum())
         raise TooManyNonZerosError(*divmod(index, weight.shape[1]), n, m, crowded)
@@ -179,7 +180,7 @@ def _unpack(
     trusted: bool,
     backend: str | None,
 ) -> Tensor:
-    packed = Packed(values, bitmask, row_offsets, (rows, cols), None if n is None else (n, m), scale)
+    packed = Packed(values, bitmask, row_offsets, (rows, cols), None if n is None or m is None else (n, m), scale)
     if not trusted:  # in here, because torch.compile cannot look into it
         check_bits(packed)
     dense = dispatch.launcher("unpack", values.device, backend)(packed, dtype)

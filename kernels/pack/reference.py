@@ -12,7 +12,7 @@ def pack_reference(weight: Tensor, *, n: int | None, m: int | None) -> tuple[Ten
     rows, cols = weight.shape
     weight = torch.where(weight == 0, 0.0, weight)  # -0.0 becomes +0.0
     nonzero = weight != 0
-    if n is None:
+    if n is None or m is None:
         row_offsets = torch.zeros(rows + 1, dtype=torch.int64, device=weight.device)
         row_offsets[1:] = nonzero.sum(1).cumsum(0)
         return weight[nonzero], pack_bits(nonzero), row_offsets, -1

@@ -63,6 +63,7 @@ class ADMM(SecondOrder[ScaledHessian]):
                 splittings[name] = Splitting(weight.mul_(factor.scale), pattern.at(name))
         for stage, rho in enumerate(RHO):
             product = inverse(factor.value, rho) if stage else factor.first
+            assert product is not None  # with the smallest rho it was positive definite
             for splitting in splittings.values():
                 splitting.dual.mul_(RHO[max(stage - 1, 0)] / rho)
                 for _ in range(steps_of(stage, self.config.admm_iterations)):

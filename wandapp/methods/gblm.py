@@ -88,14 +88,15 @@ class GBLM(Method):
         hidden = hidden.detach().requires_grad_(True)
         samples = len(hidden)
 
-        def observe(view: LinearView, x: Tensor, y: Tensor) -> None:
-            if view.name in block.linears:
+        def observe(view: LinearView, x: Tensor, y: Tensor | None) -> None:
+            if view.name in block.linears and y is not None:
                 rows = x.detach().reshape(1 if view.is_expert else samples, -1, x.shape[-1])
                 y.register_hook(lambda grad: self._add(view, rows, grad.reshape(len(rows), -1, grad.shape[-1])))
 
         with torch.enable_grad():
             output = block.watch(hidden, observe)
             block.backward((output * output_gradient).sum(), tokens=samples * hidden.shape[1])
+        assert hidden.grad is not None
         return hidden.grad
 
     def _sum(self, view: LinearView) -> Tensor:

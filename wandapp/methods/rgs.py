@@ -16,6 +16,7 @@ class RegionalGradientScore(Method):
     def terms(self, view: LinearView, measured: Measurements) -> ScoreTerms:
         norm, gradient = measured.column_norm(view), measured.gradients[view.name].value()
         alpha = self.config.alpha
+        assert alpha is not None  # the preset's, if nobody gave one
         if self.config.alpha_unit == "relative":
             alpha *= (norm.mean() / gradient.mean().clamp_min(1e-30)).item()
         return ScoreTerms(norm, gradient, alpha)

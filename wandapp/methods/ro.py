@@ -53,6 +53,8 @@ class _Optimisation:
     def __init__(self, method: Method, block: DecoderBlock, hidden: Tensor, measured: Measurements):
         self.method, self.block, self.hidden, self.measured = method, block, hidden, measured
         self.config, self.ranks = method.config, method.ranks
+        assert self.config.ro_lr is not None and self.config.ro_loss is not None  # the preset's, if nobody gave any
+        self.lr, self.loss = self.config.ro_lr, self.config.ro_loss
         self.parameters = linear_parameters(block)
         self.masters = Masters(self.parameters)
         self.mean_square = {p: torch.zeros_like(master) for p, master in self.masters.values.items()}
@@ -106,7 +108,8 @@ class _Optimisation:
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
             output = self.block.watch(self.hidden[row : row + 1], refresh_norm)
-            loss = output_error(output, self.measured.outputs[row : row + 1], self.config.ro_loss).sum()
+            assert output is not None
+            loss = output_error(output, self.measured.outputs[row : row + 1], self.loss).sum()
             self.block.backward(loss, tokens=output.shape[1])
 
     def _learning_rate(self, master: Tensor, storage: torch.dtype) -> float:
@@ -117,11 +120,11 @@ class _Optimisation:
         """
         rms = master.square().mean().sqrt().item()
         if self.config.ro_lr_unit == "weight-rms":
-            return self.config.ro_lr * rms
+            return self.lr * rms
         if storage == torch.float32:
-            return self.config.ro_lr
+            return self.lr
         steps = self.config.ro_rounds * min(self.config.ro_samples, self.measured.samples)
-        return max(self.config.ro_lr, rms * torch.finfo(storage).eps / steps)
+        return max(self.lr, rms * torch.finfo(storage).eps / steps)
 
 
 def draw(share: Share, samples: int, generator: torch.Generator) -> list[Tensor]:

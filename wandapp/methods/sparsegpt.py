@@ -63,7 +63,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor | None:
 def solve_(weight: Tensor, factor: Tensor, pattern: SparsityPattern) -> None:
     """Prunes and compensates weight [out, in] fp32 in place, 128 columns at a time."""
     columns = weight.shape[1]
-    width = COLUMN_BLOCK if not pattern.is_structured else COLUMN_BLOCK // pattern.m * pattern.m or pattern.m
+    m = pattern.m or 1
+    width = COLUMN_BLOCK // m * m or m  # whole groups
     for start in range(0, columns, width):
         part = slice(start, min(start + width, columns))
         block, block_factor = weight[:, part], factor[part, part].contiguous()
