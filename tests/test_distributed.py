@@ -12,10 +12,10 @@ import torch
 from wandapp import distributed
 from wandapp.blocks import DecoderBlock
 from wandapp.corpus import builtin_text
+from wandapp.devices import resolve_device
 from wandapp.distributed import Share, even_counts
 from wandapp.errors import WandappError
 from wandapp.methods.wanda import Wanda
-from wandapp.models import resolve_device
 from wandapp.pipeline import checksum, prune
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import wandapp
-from wandapp import SparseLinear, WandappError, load_model, load_sparse, models, sparsify
+from wandapp import SparseLinear, WandappError, load_model, load_sparse, sparsify
+from wandapp import tokenizer as texts
 from wandapp.inference import load_either
 from wandapp.kernels.pack import pack
 from wandapp.modules import TokenLinear
@@ -270,7 +271,7 @@ def test_either_form_is_read_with_its_tokenizer(packed_checkpoint, pruned_checkp
     _, packed = packed_checkpoint("llama", "2:4")
     _, folder = pruned_checkpoint("llama", "2:4")
     left, right = load_either(str(packed)), load_either(str(folder))
-    assert models.generate(*left, "The sea", 6) == models.generate(*right, "The sea", 6)
+    assert texts.generate(*left, "The sea", 6) == texts.generate(*right, "The sea", 6)
 
 
 def test_public_names():

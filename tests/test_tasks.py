@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wandapp import WandappError, load_sparse, pack_checkpoint
-from wandapp.models import load_tokenizer
+from wandapp.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow  # importing lm-eval and reading its list of tasks takes seconds
 DOCUMENTS = [

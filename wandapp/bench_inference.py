@@ -19,12 +19,13 @@ from wandapp.bench_inference_runners import Runner, TorchModel, agreement, in_tu
 from wandapp.bench_llama_cpp import LlamaCpp, require_llama_cpp
 from wandapp.console import Output
 from wandapp.corpus import builtin_text
+from wandapp.devices import resolve_device
 from wandapp.doctor import describe_machine, examine
 from wandapp.errors import WandappError
 from wandapp.inference import dense_fallbacks, load_either
-from wandapp.models import load_tokenizer, resolve_device
 from wandapp.modules import SparseLinear, TokenLinear
 from wandapp.packing import pack_checkpoint, unpack_checkpoint
+from wandapp.tokenizer import load_tokenizer
 from wandapp.weight_files import is_packed
 
 COPY_BYTES = 256 << 20

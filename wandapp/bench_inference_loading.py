@@ -15,8 +15,8 @@ from torch import nn
 from wandapp.errors import WandappError
 from wandapp.inference import load_either
 from wandapp.kernels.pack import pack
-from wandapp.models import skeleton
 from wandapp.modules import SparseLinear
+from wandapp.skeleton import skeleton
 
 
 def measure_loading(folder: Path, dtype: str, device: torch.device) -> dict[str, float]:

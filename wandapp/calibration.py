@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from wandapp.corpus import Corpus, builtin_text, existing_file, first_line, read_corpus
 from wandapp.errors import WandappError, shorten
 from wandapp.memory import kept_pages
-from wandapp.models import tokenizer_errors
+from wandapp.tokenizer import tokenizer_errors
 
 __all__ = ["Calibration", "builtin_text", "load_calibration", "save_tokens"]
 

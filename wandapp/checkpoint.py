@@ -2,7 +2,7 @@
 
 A model's parameters are not always its checkpoint's tensors: experts are merged, names change, types are cast. Here the
 functions behind `from_pretrained` and `save_pretrained` do that for one decoder block, so what is read and written is what
-they would read and write. Beside models.py the only file that imports transformers, for these conversions.
+they would read and write.
 """
 
 from pathlib import Path
@@ -16,8 +16,10 @@ from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights
 from wandapp.blocks import find_blocks
 from wandapp.conversion import checkpoint_state, names_inside
 from wandapp.errors import WandappError
-from wandapp.models import LoadedModel, compute_buffers, load_skeleton, quiet_transformers, require_finite
+from wandapp.models import LoadedModel, load_skeleton, require_finite
+from wandapp.quiet import quiet_transformers
 from wandapp.shards import ShardReader
+from wandapp.skeleton import compute_buffers
 from wandapp.weight_files import checkpoint_files
 
 OUTER = -1  # index of the part that is no block: embeddings, final norm, output head

@@ -39,7 +39,6 @@ from wandapp.cli_options import (
 )
 from wandapp.config import RECIPE_FILE, PruneConfig
 from wandapp.console import Output, duration, speaks_for_all
-from wandapp.errors import WandappError
 
 app = typer.Typer(
     help="Prune large language models in one shot, and prove the pattern.",
@@ -95,8 +94,10 @@ def prune_command(
     report = run_recipe(recipe, output, track or (), resume=resume)
     if not speaks_for_all():
         return
-    sizes = {"packed": cli_packed.pack_and_show(Path(recipe.out), packed, output, overwrite=replaces)} if packed else {}
-    pushed = cli_hub.push_and_show(recipe.out, push_to_hub, private, output)
+    sizes = (
+        {"packed": cli_packed.pack_and_show(Path(recipe.target), packed, output, overwrite=replaces)} if packed else {}
+    )
+    pushed = cli_hub.push_and_show(recipe.target, push_to_hub, private, output)
     output.finish({"model": recipe.model, "out": recipe.out, **report.to_dict(), **sizes, **pushed})
 
 
@@ -114,7 +115,7 @@ def run_recipe(recipe: PruneConfig, output: Output, trackers: Sequence[str] = ()
 
     check_trackers(trackers)
     run = {"model": recipe.model, "method": recipe.method, "sparsity": recipe.sparsity, "seed": recipe.seed}
-    log_in = tracking(trackers if speaks_for_all() and recipe.out else (), recipe.out, run)
+    log_in = tracking(trackers if speaks_for_all() and recipe.out else (), recipe.out or "", run)
     with log_in as log, _progress(recipe, output, log) as on_progress:
         report = prune_checkpoint(recipe, resume=resume, on_progress=on_progress, say=output.note)
     for warning in report.warnings:
@@ -127,8 +128,6 @@ def show_plan(recipe: PruneConfig, output: Output) -> None:
     """What the run will need, beside what is there."""
     from wandapp.plan import plan_run
 
-    if recipe.model is None:
-        raise WandappError("prune needs model; give it, e.g. wandapp prune smollm2 ...")
     plan, gib = plan_run(recipe), 2**30
     parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in plan.parts.items())
     output.rows(
@@ -237,7 +236,7 @@ def generate_command(
 ) -> None:
     """Continue PROMPT, always with the most likely token."""
     from wandapp.inference import fallback_notes, load_either
-    from wandapp.models import generate
+    from wandapp.tokenizer import generate
 
     output = Output(json_only)
     loaded = load_either(model, dtype=dtype, device=device, require_sparse=require_sparse)

@@ -36,9 +36,9 @@ def bench_kernels_command(
 
     from wandapp.bench_kernel_cases import GROUPS
     from wandapp.bench_kernels import bench_kernels
+    from wandapp.devices import resolve_device, resolve_dtype
     from wandapp.kernels.dispatch import forced_backend
     from wandapp.layer_shapes import layer_shapes
-    from wandapp.models import resolve_device, resolve_dtype
 
     output = Output(json_only)
     for name in only or ():

@@ -159,6 +159,20 @@ class PruneConfig(Options):
         return cls.from_yaml(folder / RECIPE_FILE)
 
     @property
+    def source(self) -> str:
+        """`model`, where a command cannot do without it."""
+        if self.model is None:
+            raise WandappError("prune needs model; give it, e.g. wandapp prune smollm2 ...")
+        return self.model
+
+    @property
+    def target(self) -> str:
+        """`out`, where a command cannot do without it."""
+        if self.out is None:
+            raise WandappError("prune needs out; give it, e.g. --out pruned-model")
+        return self.out
+
+    @property
     def pattern(self) -> SparsityPattern:
         """The parsed `sparsity`."""
         return SparsityPattern.parse(self.sparsity)

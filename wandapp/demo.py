@@ -12,9 +12,10 @@ from wandapp.errors import WandappError
 from wandapp.evaluate import perplexity
 from wandapp.inference import load_sparse
 from wandapp.job import companion_files
-from wandapp.models import generate, load_model, save_pruned
+from wandapp.models import load_model, save_pruned
 from wandapp.output import check_output
 from wandapp.packing import pack_checkpoint
+from wandapp.tokenizer import generate
 from wandapp.verify import verify_model
 
 CALIBRATION: dict[str, Any] = {"calibration": "pydoc", "samples": 32, "seq_len": 512}

@@ -23,13 +23,14 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
 from wandapp.conversion import tensor_homes
+from wandapp.devices import resolve_device, resolve_dtype
 from wandapp.errors import WandappError
 from wandapp.kernels.semi_structured import cutlass_layout
-from wandapp.models import fill_skeleton, resolve_device, resolve_dtype, skeleton
 from wandapp.output import output_folder
 from wandapp.packed import PackedCheckpoint
 from wandapp.packing import Progress, copy_companions, pack_checkpoint, write_shards
 from wandapp.shards import write_index
+from wandapp.skeleton import fill_skeleton, skeleton
 from wandapp.weight_files import TensorFiles, is_packed
 
 STATE = "wandapp/torch-2of4.json"

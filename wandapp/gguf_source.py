@@ -18,15 +18,10 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from wandapp.errors import WandappError
 from wandapp.manifest import fingerprint
-from wandapp.models import (
-    LOAD_ERRORS,
-    load_tokenizer,
-    quiet_transformers,
-    require_gguf_blocks,
-    save_companions,
-    why_not_loaded,
-)
+from wandapp.models import require_gguf_blocks, save_companions
+from wandapp.quiet import LOAD_ERRORS, quiet_transformers, why_not_loaded
 from wandapp.shards import write_index, write_shard
+from wandapp.tokenizer import load_tokenizer
 
 _COMPLETE = "complete.json"
 

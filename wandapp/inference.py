@@ -8,25 +8,19 @@ from torch import Tensor, nn
 
 from wandapp.blocks import LinearView, find_blocks, find_linears
 from wandapp.conversion import Home, tensor_homes
+from wandapp.devices import resolve_device, resolve_dtype
 from wandapp.errors import WandappError
 from wandapp.kernels import dispatch
 from wandapp.kernels.pack import Packed, join_rows, pack
 from wandapp.memory import give_back
-from wandapp.models import (
-    LoadedModel,
-    call_experts_singly,
-    fill_skeleton,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-    skeleton,
-)
+from wandapp.models import LoadedModel, load_model
 from wandapp.modules import SparseExperts, SparseLinear, TokenLinear
 from wandapp.packed import PackedCheckpoint, PackedLinear
 from wandapp.pattern import SparsityPattern
 from wandapp.routing import DENSE, TOKENS, RoutingTable, table_for
 from wandapp.saving import remember
+from wandapp.skeleton import call_experts_singly, fill_skeleton, skeleton
+from wandapp.tokenizer import load_tokenizer
 from wandapp.weight_files import is_packed
 
 Pieces = list[tuple[Home, str]]  # the checkpoint's tensors that make up one parameter, by expert and then by row

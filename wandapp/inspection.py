@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from wandapp.errors import WandappError
-from wandapp.models import skeleton
 from wandapp.packed import PackedCheckpoint
 from wandapp.packing import tensor_layout
+from wandapp.skeleton import skeleton
 from wandapp.weight_files import TensorFiles, checkpoint_files, is_packed
 
 GROUP_SIZES = (2, 4, 8, 16, 32)

@@ -13,12 +13,14 @@ from wandapp import methods
 from wandapp.card import model_card
 from wandapp.checkpoint import Checkpoint
 from wandapp.config import PruneConfig
+from wandapp.devices import resolve_device, resolve_dtype
 from wandapp.distributed import Ranks, join
 from wandapp.errors import Interrupted, WandappError
 from wandapp.gguf_source import convert_gguf, gguf_skeleton
+from wandapp.locate import source_files
 from wandapp.manifest import describe_run
 from wandapp.memory import free_bytes
-from wandapp.models import load_model, load_skeleton, resolve_device, resolve_dtype, save_companions, source_files
+from wandapp.models import load_model, load_skeleton, save_companions
 from wandapp.pipeline import prune_store
 from wandapp.report import Progress, PruneReport, block_figures, json_ready
 from wandapp.run_folder import RunFolder
@@ -45,16 +47,14 @@ def prune_checkpoint(
     say          told what is going on, a line at a time
     raises       WandappError in one sentence; Interrupted on SIGINT or SIGTERM, with the command that continues
     """
-    for name, example in (("model", "wandapp prune smollm2 ..."), ("out", "--out pruned-model")):
-        if getattr(config, name) is None:
-            raise WandappError(f"prune needs {name}; give it, e.g. {example}")
+    _ = config.source, config.target  # refused before anything else where one is missing
     config = config.resolved()
     methods.resolve(config.method)
     with join(resolve_device(config.device)) as ranks:
         run = RunFolder(config, resume=resume, ranks=ranks)
         if ranks.first(lambda: resume and run.is_complete()):
             say(f"{config.out} is complete; there is nothing to resume")
-            return PruneReport.read(Path(config.out) / "wandapp" / "report.json")
+            return PruneReport.read(Path(config.target) / "wandapp" / "report.json")
         # At any moment: files are whole or absent.
         with run, Stoppable(lambda name: Interrupted(f"interrupted by {name}")):
             return _prune(config, run, ranks, on_progress, say)
@@ -70,7 +70,7 @@ def _prune(
     store, tokenizer = _open(config, run, ranks, say)
 
     def begin(report: PruneReport) -> None:
-        torch.set_num_threads(run.begin(describe_run(config, report, store, source_files(config.model))))
+        torch.set_num_threads(run.begin(describe_run(config, report, store, source_files(config.source))))
         if run.done:
             say(f"{run.done} of {len(store)} blocks were finished by an earlier run and are kept")
 
@@ -97,7 +97,7 @@ def _open(config: PruneConfig, run: RunFolder, ranks: Ranks, say: Callable[[str]
     options: dict[str, Any] = {"skip": config.skip, "device": resolve_device(config.device), "run": run}
     if not streams(config, say):
         say(f"loading {config.model}")
-        model, tokenizer = load_model(config.model, dtype=config.dtype)
+        model, tokenizer = load_model(config.source, dtype=config.dtype)
         return ModelStore(model, config.pattern, **options), tokenizer
     if config.calibration == "self":
         raise WandappError("calibration 'self' lets the whole model write; use --no-stream, or another --calibration")
@@ -105,16 +105,16 @@ def _open(config: PruneConfig, run: RunFolder, ranks: Ranks, say: Callable[[str]
     try:
         checkpoint = Checkpoint(folder, dtype=config.dtype)
     except WandappError as error:  # in terms of the file that the user knows
-        raise WandappError(str(error).replace(str(folder), config.model)) from error
-    checkpoint.source = config.model
+        raise WandappError(str(error).replace(str(folder), config.source)) from error
+    checkpoint.source = config.source
     return ShardStore(checkpoint, config.pattern, **options), checkpoint.tokenizer
 
 
 def _as_safetensors(config: PruneConfig, run: RunFolder, ranks: Ranks, say: Callable[[str], None]) -> str | Path:
     """The model, or the folder that a .gguf file was converted to."""
-    path = source_files(config.model)[0]
+    path = source_files(config.source)[0]
     if path.suffix != ".gguf":
-        return config.model
+        return config.source
     folder = run.scratch("source")
     say(f"converting {config.model}, block by block, into {folder}, which is removed at the end")
     with run.disk("could not be written"):
@@ -126,7 +126,7 @@ def streams(config: PruneConfig, say: Callable[[str], None]) -> bool:
     """Whether blocks are read when they are needed: as told, or where the weights exceed half of the free memory."""
     if config.stream is not None:
         return config.stream
-    files = source_files(config.model)
+    files = source_files(config.source)
     size = sum(path.stat().st_size * (GGUF_GROWTH if path.suffix == ".gguf" else 1) for path in files)
     free = free_bytes()
     if size <= free / 2:
@@ -137,10 +137,10 @@ def streams(config: PruneConfig, say: Callable[[str], None]) -> bool:
 
 def open_skeleton(config: PruneConfig) -> nn.Module:
     """The model without weights, on the meta device."""
-    path = source_files(config.model)[0]
+    path = source_files(config.source)[0]
     if path.suffix == ".gguf":
         return gguf_skeleton(path, _gguf_dtype(config))
-    return load_skeleton(config.model, dtype=config.dtype)[0].model
+    return load_skeleton(config.source, dtype=config.dtype)[0].model
 
 
 def _gguf_dtype(config: PruneConfig) -> torch.dtype:

@@ -44,7 +44,7 @@ def layer_shapes(model: str) -> dict[Shape, list[str]]:
     if not (Path(model) / "config.json").is_file():
         raise WandappError(f"{model}: neither a folder with config.json nor a known model; {nearest(model, MODELS)}")
     from wandapp.blocks import find_blocks, find_linears
-    from wandapp.models import skeleton
+    from wandapp.skeleton import skeleton
 
     _, blocks = find_blocks(skeleton(model))
     return _distinct(

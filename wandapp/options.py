@@ -25,7 +25,7 @@ class Options(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would read true as 1."""
-        if isinstance(value, bool) and bool not in _kinds(cls.model_fields[info.field_name].annotation):
+        if isinstance(value, bool) and bool not in _kinds(cls.model_fields[str(info.field_name)].annotation):
             raise ValueError("must not be true or false")
         return value
 

@@ -20,11 +20,11 @@ from wandapp.errors import WandappError, nearest
 from wandapp.kernels.pack import Packed, pack
 from wandapp.kernels.pack.int8 import relative_error, to_int8
 from wandapp.memory import give_back
-from wandapp.models import skeleton
 from wandapp.output import LOCK, MANIFEST, output_folder
 from wandapp.packed import FORMAT, VERSIONS, Manifest, PackedCheckpoint, PackedLinear
 from wandapp.pattern import SparsityPattern
 from wandapp.shards import write_index
+from wandapp.skeleton import skeleton
 from wandapp.weight_files import PACKED_MANIFEST, TensorInfo, checkpoint_tensors, read_json
 
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}

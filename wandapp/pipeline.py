@@ -18,11 +18,11 @@ from wandapp.allocation import allocate
 from wandapp.blocks import DecoderBlock
 from wandapp.calibration import Calibration, load_calibration, save_tokens
 from wandapp.config import PruneConfig
+from wandapp.devices import resolve_device
 from wandapp.distributed import Ranks
 from wandapp.errors import WandappError
 from wandapp.memory import kept_pages
 from wandapp.methods.base import BlockRecord, Method
-from wandapp.models import resolve_device
 from wandapp.pattern import SparsityPattern
 from wandapp.report import MachineRate, Progress, PruneReport, block_figures, peak_gib, versions
 from wandapp.skipping import skipping_zeros

@@ -26,12 +26,12 @@ from wandapp.allocation import SAMPLES as ALLOCATION_SAMPLES
 from wandapp.blocks import LinearView, find_blocks, find_linears
 from wandapp.calibration import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, is_token_file, read_tokens
 from wandapp.config import PruneConfig
+from wandapp.devices import resolve_device
 from wandapp.distributed import Ranks
 from wandapp.job import open_skeleton, streams
 from wandapp.memory import free_bytes, resident_bytes
 from wandapp.methods.base import ERROR_SAMPLES
 from wandapp.methods.second_order import SecondOrder
-from wandapp.models import resolve_device
 from wandapp.pipeline import auto_batch_size
 from wandapp.report import MachineRate
 from wandapp.store import attention_flops_per_token

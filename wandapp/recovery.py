@@ -22,9 +22,10 @@ from wandapp.blocks import find_blocks
 from wandapp.calibration import load_calibration, save_tokens
 from wandapp.card import model_card
 from wandapp.config import PruneConfig
+from wandapp.devices import resolve_device
 from wandapp.errors import WandappError
 from wandapp.evaluate import perplexity
-from wandapp.models import LoadedModel, load_model, resolve_device, save_pruned
+from wandapp.models import LoadedModel, load_model, save_pruned
 from wandapp.output import check_output
 from wandapp.recover_config import RecoverConfig
 from wandapp.report import json_ready, peak_gib, versions

@@ -59,7 +59,7 @@ class RunFolder:
 
     def __init__(self, config: PruneConfig, *, resume: bool = False, ranks: Ranks | None = None):
         self.config, self.resume, self.ranks = config, resume, ranks or Ranks()
-        self.out, self.partial = Path(config.out), partial_of(config.out)
+        self.out, self.partial = Path(config.target), partial_of(config.target)
         self.blocks = self.done = 0
         self.io_seconds = 0.0
         self._lock = ExitStack()

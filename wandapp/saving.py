@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wandapp.blocks import find_blocks, find_linears
 from wandapp.conversion import checkpoint_state, tensor_homes
 from wandapp.errors import WandappError
-from wandapp.models import save_companions, skeleton_of
+from wandapp.models import save_companions
 from wandapp.modules import SparseExperts, SparseLinear
 from wandapp.output import output_folder
 from wandapp.packing import (
@@ -24,6 +24,7 @@ from wandapp.packing import (
 )
 from wandapp.pattern import SparsityPattern
 from wandapp.shards import write_index
+from wandapp.skeleton import skeleton_of
 from wandapp.weight_files import TensorInfo
 
 

@@ -35,7 +35,7 @@ def run_job(sweep: Sweep, job: Job, output: Output) -> dict[str, Any]:
     try:
         result = {} if job.is_dense else {"report": _prune(sweep, job, output)}
         if job.evaluate:
-            result["evaluation"] = _evaluate(job, job.recipe.model if job.is_dense else sweep.folder(job), output)
+            result["evaluation"] = _evaluate(job, job.recipe.source if job.is_dense else sweep.folder(job), output)
     except WandappError as error:
         sweep.results.append(row | {"status": "failed", "error": str(error)})
         raise
@@ -67,7 +67,8 @@ def _evaluate(job: Job, model: str | Path, output: Output) -> dict[str, Any]:
 def _with_shared_tokens(sweep: Sweep, recipe: PruneConfig, output: Output) -> PruneConfig:
     """The recipe with a file of calibration tokens, where several jobs need the same; the first one writes it."""
     from wandapp.calibration import is_token_file, load_calibration, save_tokens
-    from wandapp.models import load_model, tokenizer_of
+    from wandapp.models import load_model
+    from wandapp.tokenizer import tokenizer_of
 
     key = calibration_key(recipe)
     if is_token_file(recipe.calibration) or sweep.sharers[key] < 2:
@@ -79,7 +80,7 @@ def _with_shared_tokens(sweep: Sweep, recipe: PruneConfig, output: Output) -> Pr
             output.note(f"drawing the calibration tokens that {sweep.sharers[key]} jobs share")
             writes = recipe.calibration == "self"  # only then the weights are needed
             model, tokenizer = (
-                load_model(recipe.model, dtype=recipe.dtype) if writes else (None, tokenizer_of(recipe.model))
+                load_model(recipe.source, dtype=recipe.dtype) if writes else (None, tokenizer_of(recipe.source))
             )
             options = {name: getattr(recipe, name) for name in ("samples", "seq_len", "seed", "text_field")}
             drawn = load_calibration(recipe.calibration, tokenizer, model=model, **options)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from wandapp.blocks import LinearView
-from wandapp.models import skeleton
 from wandapp.packed import PackedCheckpoint
 from wandapp.packing import tensor_layout
 from wandapp.pattern import SparsityPattern
+from wandapp.skeleton import skeleton
 from wandapp.store import ModelStore
 
 ROUNDING = 0.0011  # cumulative Wanda meets its sparsity within 0.001
