@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from guarded import Guarded
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 import wandapp
@@ -138,6 +139,14 @@ def test_strided_and_unaligned_rows(cuda, dtype, start, width):
     assert_neutral(cuda, sparse_weight(35, 544, dtype)[:, start : start + width])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are protected through Linux's mprotect")
+@pytest.mark.parametrize("dtype", DTYPE_CODES)
+def test_nothing_behind_the_last_row_is_read(cuda, dtype):
+    """A forbidden page lies there: touching it kills the process."""
+    guard = Guarded(after=False)
+    assert_neutral(cuda, guard(sparse_weight(3, 20, dtype)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows,cols", [(32, 64), (64, 192), (96, 576), (32, 1088), (128, 512)])
 @pytest.mark.parametrize("nonzeros", [(0, 1, 2), (2,), (0,)])
@@ -164,7 +173,7 @@ def test_cusparselt_metadata_is_the_cutlass_tiles_in_super_tiles(cuda, rows, col
 
 
 @pytest.mark.parametrize("dtype", DTYPE_CODES)
-@pytest.mark.parametrize("cols", [64, 516])
+@pytest.mark.parametrize("cols", [64, 516, 524])
 def test_bitmask_prunes_while_it_compresses(cuda, dtype, cols):
     dense = sparse_weight(40, cols, dtype, nonzeros=(4,))
     mask = sparse_weight(40, cols, torch.float32, seed=1) != 0

@@ -6,8 +6,7 @@ gives wrong numbers, never a wrong address.
 
 import ctypes
 import faulthandler
-import math
-import mmap
+import itertools
 import os
 import signal
 import subprocess
@@ -15,40 +14,17 @@ import sys
 
 import pytest
 import torch
+from guarded import Guarded
 
 from wandapp import _C
 from wandapp.kernels.native import DTYPE_CODES
 from wandapp.kernels.pack import Packed, pack, unpack
 from wandapp.kernels.pack.int8 import to_int8
 
-PAGE = mmap.PAGESIZE
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = [isa for isa in ("portable", "avx2", "avx512", "avx512vbmi2", "avx512bf16") if _C.isa_runs_here(isa)]
-PROT_NONE = 0
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are protected through Linux's mprotect")
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-class Guarded:
-    """Tensors that end at a forbidden page, or with `after` begin behind one."""
-
-    def __init__(self, after: bool):
-        self.after, self.maps = after, []
-
-    def __call__(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        size = math.ceil(max(tensor.nbytes, 1) / PAGE) * PAGE
-        area = mmap.mmap(-1, size + PAGE)
-        whole = torch.frombuffer(area, dtype=torch.uint8)
-        forbidden = whole.data_ptr() + (0 if self.after else size)
-        assert libc.mprotect(ctypes.c_void_p(forbidden), PAGE, PROT_NONE) == 0
-        start = PAGE if self.after else size - tensor.nbytes
-        self.maps.append(area)
-        part = whole[start : start + tensor.nbytes].view(tensor.dtype) if tensor.nbytes else whole[start:start]
-        guarded = part.view(tensor.dtype).view(tensor.shape)
-        return guarded.copy_(tensor)
 
 
 def call_kernels(packed: Packed, tokens: int, dtype: torch.dtype, isa: str, after: bool) -> torch.Tensor:
@@ -121,6 +97,19 @@ def random_case(seed: int, damaged: bool) -> tuple[Packed, int, torch.dtype]:
     return packed, tokens, dtype
 
 
+def run_max_sums() -> None:
+    """pairwise_max_sum of sizes that its tiles do not divide, on guarded matrices."""
+    for isa, after, (rows, others, cols) in itertools.product(ISAS, (False, True), [(1, 1, 1), (5, 6, 37), (7, 3, 16)]):
+        guard = Guarded(after)
+        left, right, out = (
+            guard(torch.randn(rows, cols)),
+            guard(torch.randn(others, cols)),
+            guard(torch.zeros(rows, others)),
+        )
+        _C.pairwise_max_sum(left.data_ptr(), rows, right.data_ptr(), others, cols, out.data_ptr(), 1, isa)
+        torch.testing.assert_close(out, torch.maximum(left[:, None], right[None]).sum(2))
+
+
 def run_cases(first: int, count: int, damaged: bool) -> None:
     """Asserts the sums of intact cases; damaged ones only have to come back."""
     for seed in range(first, first + count):
@@ -142,8 +131,11 @@ def run_cases(first: int, count: int, damaged: bool) -> None:
 
 def test_no_kernel_leaves_its_buffers():
     """Intact cases, then damaged ones, in a process of its own, which a wrong address would kill."""
-    code = f"import runpy; run = runpy.run_path({__file__!r})['run_cases']; run(0, 150, False); run(0, 150, True)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    code = f"""import runpy; module = runpy.run_path({__file__!r}); run = module["run_cases"]
+module["run_max_sums"](); run(0, 150, False); run(0, 150, True)"""
+    paths = os.pathsep.join(filter(None, sys.path))  # pytest's: the helper modules are on it
+    environment = os.environ | {"PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, (run.returncode, run.stderr[-2000:])
 
 
