@@ -65,7 +65,9 @@ def same_bits(left, right):
 def awkward_values(dtype):
     """Non-zeros that a sloppy test for zero, or arithmetic on values, would get wrong."""
     finfo = torch.finfo(dtype)
-    return torch.tensor([1.5, -2.0, float("nan"), float("inf"), -float("inf"), finfo.smallest_normal / 4, finfo.max])
+    smallest = finfo.smallest_normal * finfo.eps
+    infinite = [float("nan"), float("inf"), -float("inf")]
+    return torch.tensor([1.5, -2.0, *infinite, finfo.smallest_normal / 4, -smallest, finfo.max])
 
 
 def sparse_weight(rows, cols, dtype, nonzeros=(0, 1, 2), seed=0):

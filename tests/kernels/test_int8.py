@@ -5,6 +5,7 @@ import torch
 
 from wandapp.errors import BackendUnavailableError, WandappError
 from wandapp.kernels.pack import join_rows, pack, unpack
+from wandapp.kernels.pack.cpu import unpack_rows
 from wandapp.kernels.pack.int8 import relative_error, to_int8
 from wandapp.kernels.select import prune_nm_
 from wandapp.kernels.sparse_linear import sparse_linear
@@ -116,3 +117,8 @@ def test_backends_without_int8_say_so():
 
     with pytest.raises(BackendUnavailableError, match="no kernel for int8"):
         require_no_scale(rounded, "triton")
+
+
+def test_some_rows_unpack_with_their_own_scales():
+    packed = to_int8(pack(torch.randn(11, 64) * torch.arange(1.0, 12)[:, None]))
+    assert torch.equal(unpack_rows(packed, 3, 9, torch.empty(6, 64)), unpack(packed, backend="reference")[3:9])
