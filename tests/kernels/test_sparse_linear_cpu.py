@@ -110,11 +110,15 @@ def test_denormal_weights_are_not_flushed(backend):
     assert (sparse_linear(torch.full((1, 32), 2.0**20), pack(weight), backend=backend) > 0).all()
 
 
-def test_bf16_output_rounds_to_nearest_even(backend):
-    weight = torch.eye(2, 4).bfloat16()
-    x = torch.tensor([[1.0, 3.0, 0, 0]]).bfloat16()
-    bias = torch.tensor([2.0**-8, 2.0**-8]).bfloat16()  # 1 + 2^-8 is half way to the next bf16, and 1 is even
-    assert sparse_linear(x, pack(weight), bias, backend=backend).tolist() == [[1.0, 3.0]]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_16_bit_output_rounds_to_nearest_even(dtype, backend):
+    eps = torch.finfo(dtype).eps
+    x = torch.tensor([[1.0, 1.0 + eps, 0, 0]]).to(dtype)
+    bias = torch.tensor([eps / 2, eps / 2]).to(
+        dtype
+    )  # both sums lie half way: one above an even number, one above an odd
+    y = sparse_linear(x, pack(torch.eye(2, 4).to(dtype)), bias, backend=backend)
+    assert y.tolist() == [[1.0, 1.0 + 2 * eps]]
 
 
 @pytest.mark.parametrize("tokens", [2, 270])
