@@ -5,9 +5,8 @@
 #pragma once
 
 #include "cpu/sparse_rows.h"
-#include "cpu/sparse_tiles.h"
-//
 #include "cpu/sparse_skip.h"
+#include "cpu/sparse_tiles.h"
 
 namespace wandapp {
 namespace {

@@ -8,13 +8,13 @@
 // loads far fewer, but multiplies the zeros, too. What is skipped never meets a NaN or Inf of x.
 #pragma once
 
-#include "cpu/sparse_ways.h"
+#include "cpu/sparse_tiles.h"
 
 namespace wandapp {
 namespace {
 
 constexpr int64_t kSkipColumns = 48, kSkipRows = 128;
-constexpr int64_t kChunkColumns = 12 * kSkipColumns;  // of one sum; more are sums of such sums, whose rounding errors stay smaller
+constexpr int64_t kChunkColumns = 12 * kSkipColumns;  // of one sum; more are sums of such sums: smaller rounding errors
 
 // Vectors of x and of sums lie on whole cache lines: a load that straddles two takes twice as long.
 struct alignas(64) Line {
@@ -160,7 +160,7 @@ void store_turned(const PackedWeight& packed, const LinearArgs& args, int64_t ro
 
 // Rows of one task: as many tasks for every thread, of at most kSkipRows and a multiple of 16.
 inline int64_t rows_per_task(int64_t rows, int threads) {
-  const int64_t tasks = threads * ((rows + kSkipRows * threads - 1) / (kSkipRows * threads));
+  const int64_t tasks = std::max<int64_t>(1, threads * ((rows + kSkipRows * threads - 1) / (kSkipRows * threads)));
   return std::max<int64_t>(16, ((rows + tasks - 1) / tasks + 15) / 16 * 16);
 }
 
