@@ -166,14 +166,17 @@ def _method_bytes(config: PruneConfig, sizes: _Sizes, samples: int, batch_tokens
     forward = batch_tokens * (4 * sizes.widest + 6 * sizes.hidden) * size
     with_gradients = batch_tokens * 2 * sizes.crossing * size
     factorising = 20 * max(sizes.inputs) ** 2
+    gradient = (
+        4 if size == 4 else size + 4
+    ) * sizes.largest  # one sample's; fp32 of it too where the product has 16 bits
     # gblm: the inputs of all blocks; logits in fp32, their copies without the last position, softmax and gradients.
     whole_model = batch_tokens * (sizes.count * sizes.hidden * size + 24 * sizes.vocabulary)
     choosing = {
         "wanda-cumulative": 0 if config.pattern.is_structured else 22 * sizes.largest,  # sorted scores, order, sums
         "sparsegpt": factorising + 4 * sizes.together,
         "admm": factorising + 12 * sizes.together + 17 * sizes.largest,
-        "rgs": (4 + size) * sizes.largest + with_gradients,
-        "gblm": 8 * sizes.largest + with_gradients + whole_model,
+        "rgs": gradient + with_gradients,
+        "gblm": gradient + with_gradients + whole_model,
     }.get(name, 0)
     # A sample's inputs and outputs of all maps, before and after; a map's score, its transpose and a third of that again.
     permuting = 4 * seq_len * sizes.crossing * size + 12 * sizes.largest if config.permute else 0

@@ -87,9 +87,13 @@ class RegionalGradient:
 
 
 def weight_gradients(x: Tensor, output_gradient: Tensor) -> Iterator[Tensor]:
-    """Each sample's weight gradient dy_n^T x_n, [out, in] fp32; x [samples, tokens, in], output_gradient [.., out]."""
+    """Each sample's weight gradient dy_n^T x_n, [out, in] fp32; x [samples, tokens, in], output_gradient [.., out].
+
+    In fp32 all come in one tensor, which the next one overwrites: no second gradient is ever in memory.
+    """
+    gradient = x.new_empty(output_gradient.shape[-1], x.shape[-1])
     for sample_x, sample_gradient in zip(x, output_gradient, strict=True):
-        yield (sample_gradient.T @ sample_x).float()
+        yield torch.mm(sample_gradient.T, sample_x, out=gradient).float()
 
 
 @dataclass

@@ -114,7 +114,7 @@ class GBLM(Method):
     def _add(self, view: LinearView, x: Tensor, output_gradient: Tensor) -> None:
         total = self._sum(view)
         for gradient in weight_gradients(x, output_gradient):
-            total += (gradient.abs() if self.config.gblm_norm == "l1" else gradient.square()).to(total.device)
+            total += (gradient.abs_() if self.config.gblm_norm == "l1" else gradient.square_()).to(total.device)
 
     def apply(self, block: DecoderBlock, measured: Measurements, pattern: SparsityPattern, record: BlockRecord) -> None:
         if self._note:
