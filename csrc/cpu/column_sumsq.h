@@ -1,20 +1,13 @@
 // Sum over tokens of x^2.
 #pragma once
 
+#include "cpu/load_up_to_16.h"
+
 namespace wandapp {
 namespace {
 
 constexpr int64_t kStripe = 256;       // columns of one task: their sums stay in L1
 constexpr int64_t kBlockTokens = 256;  // tokens summed before their sum is added to the total, to bound rounding
-
-// Sixteen values, the missing ones 0.
-template <class Lanes, class T>
-typename Lanes::Floats load_up_to_16(const T* from, int64_t count) {
-  if (count >= 16) return Lanes::load(from);
-  T padded[16] = {};
-  std::copy_n(from, count, padded);
-  return Lanes::load(padded);
-}
 
 // Adds the squares of `tokens` (at most four) rows, so that the sum is loaded and stored once for all of them.
 template <class Lanes, class T>

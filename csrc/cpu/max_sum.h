@@ -1,6 +1,8 @@
 // A matrix product with max in the place of the multiplication: out[i][j] = sum over r of max(left[i][r], right[j][r]).
 #pragma once
 
+#include "cpu/load_up_to_16.h"
+
 namespace wandapp {
 namespace {
 

@@ -8,6 +8,7 @@
 // loads far fewer, but multiplies the zeros, too. What is skipped never meets a NaN or Inf of x.
 #pragma once
 
+#include "cpu/load_up_to_16.h"
 #include "cpu/sparse_tiles.h"
 
 namespace wandapp {
@@ -28,15 +29,6 @@ struct Kept {
   std::vector<uint8_t> columns;
   std::vector<int64_t> ends;
 };
-
-// Up to 16 columns; those that do not exist are zeros.
-template <class Lanes, class T>
-typename Lanes::Floats load_first(const T* x, int64_t count) {
-  if (count >= 16) return Lanes::load(x);
-  T columns[16] = {};
-  std::copy_n(x, count, columns);
-  return Lanes::load(columns);
-}
 
 // The set bits of every byte, lowest first.
 struct BitsOfByte {
@@ -82,7 +74,7 @@ void collect_kept(const PackedWeight& packed, int64_t first, int64_t rows, Kept&
       const int64_t count = std::min<int64_t>(count_bits(uint32_t(bits)) + count_bits(uint32_t(bits >> 32)), left);
       append_columns(bits, kept.columns.data() + end);
       for (int64_t i = 0; i < count; i += 16) {
-        Lanes::store(kept.values.data() + end + i, load_first<Lanes>(next[r] + i, left - i));
+        Lanes::store(kept.values.data() + end + i, load_up_to_16<Lanes>(next[r] + i, left - i));
       }
       next[r] += count;
       kept.ends.push_back(end += count);
@@ -104,7 +96,7 @@ std::unique_ptr<Line[]> turn_tokens(const T* x, int64_t tokens, int64_t cols, St
         typename Lanes::Floats square[16];
         for (int t = 0; t < 16; t++) {
           const int64_t token = (begin + v) * 16 + t;
-          square[t] = token < tokens ? load_first<Lanes>(x + token * cols + c, count) : Lanes::fill(0);
+          square[t] = token < tokens ? load_up_to_16<Lanes>(x + token * cols + c, count) : Lanes::fill(0);
         }
         Lanes::transpose(square);
         for (int64_t k = 0; k < count; k++) Lanes::store(to[(c + k) * vectors + v].at, square[k]);
