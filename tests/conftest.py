@@ -1,5 +1,7 @@
 """Fixtures for all tests. Helpers without state are plain modules: tiny, oracle, ranks, hostile."""
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -46,6 +48,18 @@ def pruned_checkpoint(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def originals(pruned_checkpoint, tmp_path_factory) -> Path:
+    """The folder of good files that tests of bad input copy and damage."""
+    import hostile  # and pyarrow with it
+
+    folder = tmp_path_factory.mktemp("originals")
+    hostile.make_originals(
+        folder, tiny.tiny_model("llama")[0], tiny.tiny_tokenizer(), pruned_checkpoint("llama", "2:4")[1]
+    )
+    return folder
 
 
 @pytest.fixture(params=sorted(tiny.FAMILIES))

@@ -20,6 +20,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
+from tiny import write_gguf
 
 from wandapp import save_pruned
 
@@ -41,6 +42,7 @@ def make_originals(folder: Path, model, tokenizer, pruned: Path) -> None:
     save_pruned(model, tokenizer, folder / "tiny", files={})
     shutil.copytree(pruned, folder / "pruned")
     pack_checkpoint(folder / "pruned", folder / "packed")
+    write_gguf(folder / "good.gguf", model)
     (folder / "words.txt").write_text("The sea is deep and the sky is high. " * 50)
     np.save(folder / "ids.npy", np.ones((2, 16), np.int64))
 

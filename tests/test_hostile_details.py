@@ -20,7 +20,6 @@ from hostile import (
     config,
     copy_of,
     folder_instead,
-    make_originals,
     map_to,
     recipe,
     tensors,
@@ -30,7 +29,6 @@ from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_hostile_files import GGUF, RESUME, STREAM, calibrated, edited_header, interrupted, pipe
-from tiny import write_gguf
 
 EVAL = "eval tiny --text words.txt --seq-len 16"
 BLOCK = "out.partial/model-00001-of-00004.safetensors"
@@ -261,15 +259,6 @@ OTHERS = {
     "a layer beyond memory": (lambda: None, f"bench kernels --shape {10**9}x{10**9}", "1073741824 are the most"),
 }
 CASES = FINISHED | OTHERS | WEIGHTS | CONFIGS | TOKENIZERS | TEXTS | RECIPES | GGUFS | RUNS
-
-
-@pytest.fixture(scope="module")
-def originals(tiny_model, tiny_tokenizer, pruned_checkpoint, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile")
-    model = tiny_model("llama")[0]
-    make_originals(folder, model, tiny_tokenizer(), pruned_checkpoint("llama", "2:4")[1])
-    write_gguf(folder / "good.gguf", model)
-    return folder
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -28,7 +28,6 @@ from hostile import (
     header,
     index,
     link,
-    make_originals,
     map_to,
     recipe,
     table,
@@ -36,7 +35,6 @@ from hostile import (
     write,
 )
 from safetensors.torch import load_file, save_file
-from tiny import write_gguf
 
 WEIGHTS = "tiny/model.safetensors"
 STREAM = f"{PRUNE} --stream"
@@ -46,15 +44,6 @@ GGUF = f"prune bad.gguf --out out {PYDOC}"
 
 def calibrated(name: str) -> str:
     return f"prune tiny --out out --calibration {name} {SHORT}"
-
-
-@pytest.fixture(scope="module")
-def originals(tiny_model, tiny_tokenizer, pruned_checkpoint, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile")
-    model = tiny_model("llama")[0]
-    make_originals(folder, model, tiny_tokenizer(), pruned_checkpoint("llama", "2:4")[1])
-    write_gguf(folder / "good.gguf", model)
-    return folder
 
 
 # Ways to break a file -------------------------------------------------------------------------------------------------

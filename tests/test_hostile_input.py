@@ -31,7 +31,6 @@ from hostile import (
     header,
     index,
     link,
-    make_originals,
     manifest,
     map_to,
     npy_header,
@@ -43,14 +42,6 @@ from hostile import (
     write,
 )
 from safetensors.torch import save_file
-
-
-@pytest.fixture(scope="module")
-def originals(tiny_model, tiny_tokenizer, pruned_checkpoint, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile")
-    make_originals(folder, tiny_model("llama")[0], tiny_tokenizer(), pruned_checkpoint("llama", "2:4")[1])
-    return folder
-
 
 LOL = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
 GOOD_RECIPE = "calibration: pydoc\nsamples: 2\nseq_len: 16\n"
