@@ -166,9 +166,8 @@ def _method_bytes(config: PruneConfig, sizes: _Sizes, samples: int, batch_tokens
     forward = batch_tokens * (4 * sizes.widest + 6 * sizes.hidden) * size
     with_gradients = batch_tokens * 2 * sizes.crossing * size
     factorising = 20 * max(sizes.inputs) ** 2
-    gradient = (
-        4 if size == 4 else size + 4
-    ) * sizes.largest  # one sample's; fp32 of it too where the product has 16 bits
+    # One sample's gradient of a map, and of products in 16 bits an fp32 copy.
+    gradient = (4 if size == 4 else size + 4) * sizes.largest
     # gblm: the inputs of all blocks; logits in fp32, their copies without the last position, softmax and gradients.
     whole_model = batch_tokens * (sizes.count * sizes.hidden * size + 24 * sizes.vocabulary)
     choosing = {
