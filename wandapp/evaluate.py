@@ -32,6 +32,7 @@ from wandapp.calibration import (
 )
 from wandapp.corpus import read_corpus
 from wandapp.errors import WandappError
+from wandapp.skipping import skipping_zeros
 
 _LOSS_TOKENS = 256  # tokens whose logits are widened to fp32 at a time: 154 MB for a vocabulary of 150,000
 _LOGITS_BYTES = 2**31  # of one batch, on a GPU
@@ -79,6 +80,8 @@ def perplexity(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
     """Perplexity of `model` on `text`, measured on the device and in the dtype that the model has.
+
+    On a CPU in fp32, products with the zeros of a pruned model are left out, which moves the figure by rounding only.
 
     text         a source of text (`read_corpus`, its evaluation part; documents are joined by a blank line, c4's by a
                  space) or a .safetensors or .npy file of token ids [windows, seq_len], used as they are
@@ -147,7 +150,7 @@ def _negative_log_likelihood(
     """Sum over all windows and all their tokens but the first: losses in fp32, their sum in fp64."""
     device = model.get_input_embeddings().weight.device
     total, done = 0.0, 0
-    with inference(model):
+    with inference(model), skipping_zeros(model.parameters()):
         for batch in ids.split(batch_size):
             batch = batch.to(device)
             with forward_errors(model):
