@@ -1,0 +1,102 @@
+"""Perplexity against cost: one drawing from the rows of bench_quality.py, mean over seeds.
+
+    python benchmarks/plot_quality.py benchmarks/results/quality*.jsonl --model smollm2 --out docs/quality-cost.svg
+
+Cost is the method's FLOPs, which no machine changes; the upper axis gives the minutes these take at --gflops. A row of a
+file named later counts besides the earlier ones; rows without FLOPs (the dense model) are a line.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from wandapp.plots import SERIES, SOFT, draw
+
+TITLES = {"0.5": "50 %"}
+Points = dict[str, tuple[float, float]]  # method -> TFLOP, perplexity
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+", type=Path, help=".jsonl files of bench_quality.py")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4"], help="one panel each")
+    parser.add_argument("--gflops", type=float, default=150, help="rate for the axis of minutes [two CPU cores: 150]")
+    parser.add_argument("--leave-out", nargs="*", default=["magnitude", "sparsegpt+ro", "wanda+ro"])
+    parser.add_argument("--out", type=Path, required=True, help=".svg or .png")
+    return parser.parse_args()
+
+
+def label_of(row: dict) -> str:
+    method, _, options = row["method"].partition("@")
+    name = "preset best" if options == "preset=best" else method
+    options = {"preset=paper": ", as published", "preset=best": "", "": ""}.get(options, f", {options}")
+    return name + options + ("" if row["samples"] == 64 else f", {row['samples']} samples")
+
+
+def points_of(rows: list[dict], pattern: str, text: str) -> Points:
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["pattern"] == pattern and row.get("gflop") and text in row["perplexity"]:
+            groups.setdefault(label_of(row), []).append(row)
+    return {
+        label: (group[0]["gflop"] / 1e3, statistics.geometric_mean(row["perplexity"][text] for row in group))
+        for label, group in groups.items()
+    }
+
+
+def panel(axes: Axes, points: Points, dense: float, title: str, gflops: float) -> None:
+    """Perplexity over TFLOP, both logarithmic, with the minutes above and the points that nothing beats joined."""
+    best: list[tuple[float, float]] = []
+    for cost, perplexity in sorted(points.values()):
+        if not best or perplexity < best[-1][1]:
+            best.append((cost, perplexity))
+    axes.plot(*zip(*best, strict=True), color=SOFT, linewidth=0.8, linestyle=":")
+    axes.axhline(dense, color=SOFT, linewidth=0.8)
+    axes.annotate(
+        "dense", (1, dense), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right"
+    )
+    for label, point in points.items():
+        color = SERIES[0] if point in best else SERIES[1]
+        axes.plot(*point, "o", color=color, markersize=4)
+        axes.annotate(label, point, (4, 3), textcoords="offset points", fontsize=7, color=color)
+    axes.set(xscale="log", yscale="log", title=title, xlabel="TFLOP", ylabel="perplexity")
+    axes.set_xlim(right=3.5 * max(cost for cost, _ in points.values()))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    per_minute = gflops * 60 / 1e3
+    minutes = axes.secondary_xaxis("top", functions=(lambda x: x / per_minute, lambda x: x * per_minute))
+    minutes.set_xlabel(f"minutes at {gflops:g} GFLOP/s")
+    minutes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    minutes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    minutes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    rows = [json.loads(line) for path in arguments.rows for line in path.read_text().splitlines()]
+    rows = [row for row in rows if row["model"] == arguments.model and row["method"] not in arguments.leave_out]
+    dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
+    text = next(iter(dense))
+
+    def panels(axes: Axes) -> None:
+        figure = axes.figure
+        axes.remove()
+        for position, pattern in enumerate(arguments.patterns):
+            title = f"{arguments.model}, {TITLES.get(pattern, pattern)}, {text}"
+            here = figure.add_subplot(1, len(arguments.patterns), position + 1)
+            panel(here, points_of(rows, pattern, text), dense[text], title, arguments.gflops)
+
+    figure = draw(panels, size=(5.2 * len(arguments.patterns), 4.2))
+    figure.savefig(arguments.out, facecolor="white", dpi=120)
+    print(json.dumps({"rows": len(rows), "out": str(arguments.out)}))
+
+
+if __name__ == "__main__":
+    main()
