@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from wandapp.plots import SERIES, SOFT, draw
+from wandapp.plots import SERIES, SOFT, draw, svg
 
 TITLES = {"0.5": "50 %"}
 Points = dict[str, tuple[float, float]]  # method -> TFLOP, perplexity
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
 def label_of(row: dict) -> str:
     method, _, options = row["method"].partition("@")
     name = "preset best" if options == "preset=best" else method
-    options = {"preset=paper": ", as published", "preset=best": "", "": ""}.get(options, f", {options}")
+    options = {"preset=paper": ", as published"}.get(options, "")
     return name + options + ("" if row["samples"] == 64 else f", {row['samples']} samples")
 
 
@@ -94,7 +94,11 @@ def main() -> None:
             panel(here, points_of(rows, pattern, text), dense[text], title, arguments.gflops)
 
     figure = draw(panels, size=(5.2 * len(arguments.patterns), 4.2))
-    figure.savefig(arguments.out, facecolor="white", dpi=120)
+    figure.set_facecolor("white")
+    if arguments.out.suffix == ".svg":
+        arguments.out.write_text(svg(figure), encoding="utf-8")
+    else:
+        figure.savefig(arguments.out, dpi=120)
     print(json.dumps({"rows": len(rows), "out": str(arguments.out)}))
 
 
