@@ -2,8 +2,8 @@
 
     python benchmarks/plot_quality.py benchmarks/results/quality*.jsonl --model smollm2 --out docs/quality-cost.svg
 
-Cost is the method's FLOPs, which no machine changes; the upper axis gives the minutes these take at --gflops. A row of a
-file named later counts besides the earlier ones; rows without FLOPs (the dense model) are a line.
+Cost is the method's FLOPs, which no machine changes; the upper axis gives the minutes these take at --gflops. The dense
+model is a line; points that nothing cheaper beats are joined.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from wandapp.plots import SERIES, SOFT, draw, svg
 
 TITLES = {"0.5": "50 %"}
+USUAL_SAMPLES = 64  # of calibration; other numbers are written out
 Points = dict[str, tuple[float, float]]  # method -> TFLOP, perplexity
 
 
@@ -33,12 +34,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def label_of(row: dict) -> str:
     method, _, options = row["method"].partition("@")
-    name = "preset best" if options == "preset=best" else method
-    options = {"preset=paper": ", as published"}.get(options, "")
-    return name + options + ("" if row["samples"] == 64 else f", {row['samples']} samples")
+    if options == "preset=best":
+        method, options = "preset best", ""
+    options = options.replace("preset=paper", "as published").replace("reconstruct_", "").replace(",", ", ")
+    samples = "" if row["samples"] == USUAL_SAMPLES else f"{row['samples']} samples"
+    return method + "".join(f"\n{more}" if len(more) > 20 else f", {more}" for more in (options, samples) if more)
 
 
 def points_of(rows: list[dict], pattern: str, text: str) -> Points:
+    """Of every label: the FLOPs, and the geometric mean of the seeds' perplexities."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         if row["pattern"] == pattern and row.get("gflop") and text in row["perplexity"]:
@@ -63,19 +67,18 @@ def panel(axes: Axes, points: Points, dense: float, title: str, gflops: float) -
     for label, point in points.items():
         color = SERIES[0] if point in best else SERIES[1]
         axes.plot(*point, "o", color=color, markersize=4)
-        axes.annotate(label, point, (4, 3), textcoords="offset points", fontsize=7, color=color)
+        below = "\n" in label
+        place = {"xytext": (4, -3 if below else 3), "va": "top" if below else "baseline"}
+        axes.annotate(label, point, **place, textcoords="offset points", fontsize=7, color=color)
     axes.set(xscale="log", yscale="log", title=title, xlabel="TFLOP", ylabel="perplexity")
     axes.set_xlim(right=3.5 * max(cost for cost, _ in points.values()))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
     per_minute = gflops * 60 / 1e3
     minutes = axes.secondary_xaxis("top", functions=(lambda x: x / per_minute, lambda x: x * per_minute))
     minutes.set_xlabel(f"minutes at {gflops:g} GFLOP/s")
-    minutes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    minutes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    minutes.xaxis.set_minor_formatter(NullFormatter())
+    for axis in (axes.xaxis, axes.yaxis, minutes.xaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def main() -> None:
