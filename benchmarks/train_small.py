@@ -17,6 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from wandapp.kernels.native import multiplies_bfloat16
+
 SIZES = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 GPT2_SIZES = {"n_embd": 384, "n_inner": 1536, "n_layer": 6, "n_head": 6, "n_positions": 2048}
 OPT_SIZES = {
@@ -73,7 +75,7 @@ def train(model, ids: torch.Tensor, *, minutes: float, batch: int, seq_len: int,
             group["lr"] = lr * min(1, (steps + 1) / 100) * (0.05 + 0.95 * (1 + math.cos(math.pi * progress)) / 2)
         starts = torch.randint(0, len(ids) - seq_len, (batch,))
         tokens = torch.stack([ids[s : s + seq_len] for s in starts]).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
             loss = model(input_ids=tokens, labels=tokens).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -91,11 +91,21 @@ def test_missing_recipe_is_named(tmp_path):
 
 
 def test_preset_best_names_a_method_unless_one_was_given():
-    assert PruneConfig(preset="best").resolved().method == "admm+reconstruct"
+    assert PruneConfig(preset="best").resolved().method == "wanda+ro+reconstruct"
     assert PruneConfig(preset="best", method="wanda").resolved().method == "wanda"
     assert PruneConfig().resolved().method == "wanda"
     resolved = PruneConfig(preset="best").resolved()
     assert PruneConfig(**resolved.model_dump()).resolved() == resolved
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "permute", "allocate"), [("2:4", True, "uniform"), ("0.5", False, "error"), ("16:32", True, "uniform")]
+)
+def test_preset_best_permutes_groups_and_allocates_fractions(sparsity, permute, allocate):
+    resolved = PruneConfig(preset="best", sparsity=sparsity).resolved()
+    assert (resolved.permute, resolved.allocate) == (permute, allocate)
+    usual = PruneConfig(sparsity=sparsity).resolved()
+    assert (usual.permute, usual.allocate) == (False, "uniform")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -17,7 +17,7 @@ from wandapp.pattern import SparsityPattern
 RECIPE_FILE = "wandapp/recipe.yaml"
 MAX_COUNT = 10**7  # of samples, and of tokens in one: what a typing error exceeds, and a mistake may ask memory for
 # More samples want fewer passes: what matters is the number of steps (docs/methods.md), and cost grows with it
-RECONSTRUCT_STEPS, FEWEST_PASSES, MOST_PASSES = 512, 2, 8
+RECONSTRUCT_STEPS, FEWEST_PASSES, MOST_PASSES = 512, 2, 4
 _DTYPE_SYNONYMS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
 
 
@@ -52,10 +52,10 @@ class PruneConfig(Options):
         description="n:m: first let channels change places inside the MLP and inside attention heads, where the dense "
         "model stays the same, so that the choice keeps more score; default: the preset's",
     )
-    allocate: Literal["uniform", "owl", "error"] = Field(
-        "uniform",
+    allocate: Literal["uniform", "owl", "error"] | None = Field(
+        None,
         description="how a fraction of zeros is spread over blocks. uniform: all alike; owl: by outliers of the score "
-        "(arXiv:2310.05175); error: by the blocks' errors",
+        "(arXiv:2310.05175); error: by the blocks' errors; default: the preset's",
     )
     allocate_spread: float = Field(
         0.08, gt=0, lt=1, description="lambda of owl; with error, how far a block may be from the target"
@@ -109,10 +109,10 @@ class PruneConfig(Options):
         None,
         ge=0,
         description="passes of +reconstruct over all calibration samples; default: as many as make 512 steps of a sample "
-        "each, but 2 to 8",
+        "each, but 2 to 4",
     )
     reconstruct_lr: float = Field(
-        2e-2,
+        1e-2,
         gt=0,
         description="highest learning rate of +reconstruct, as a fraction of each parameter's root mean square",
     )
@@ -180,7 +180,7 @@ class PruneConfig(Options):
     @property
     def is_allocated(self) -> bool:
         """Whether blocks differ in sparsity, so that `sparsity` is that of all together."""
-        return self.allocate != "uniform"
+        return self.allocate not in (None, "uniform")
 
     def passes_of_reconstruction(self, samples: int) -> int:
         """`reconstruct_passes`, or its default for that many samples."""
@@ -189,8 +189,9 @@ class PruneConfig(Options):
         return min(MOST_PASSES, max(FEWEST_PASSES, round(RECONSTRUCT_STEPS / samples)))
 
     def resolved(self) -> "PruneConfig":
-        """The same with every open method option filled in from the preset, and the method if none was named."""
-        values = PRESETS[self.preset]
+        """The same with every open option filled in from the preset, and the method if none was named."""
+        idle = {"allocate": "uniform"} if self.pattern.is_structured else {"permute": False}  # cannot serve the pattern
+        values = PRESETS[self.preset] | idle
         named = "method" in self.model_fields_set or "method" not in values
         return (self if named else self.model_copy(update={"method": values["method"]})).with_values(values)
 
@@ -201,8 +202,8 @@ class PruneConfig(Options):
 
     @field_validator("allocate")
     @classmethod
-    def _fits_the_pattern(cls, value: str, info: ValidationInfo) -> str:
-        if value != "uniform" and ":" in info.data.get("sparsity", ""):
+    def _fits_the_pattern(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value not in (None, "uniform") and ":" in info.data.get("sparsity", ""):
             raise WandappError(
                 f"allocate {value}: {info.data['sparsity']} keeps as many of every group in all blocks, so there is nothing to "
                 "spread; give a fraction of zeros such as 0.6, or leave out --allocate"
@@ -252,6 +253,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_lr_unit": "absolute",
         "ro_loss": "frobenius",
         "permute": False,
+        "allocate": "uniform",
         "reconstruct_compute": "storage",
     },
     "robust": {
@@ -262,8 +264,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_lr_unit": "weight-rms",
         "ro_loss": "token",
         "permute": False,
+        "allocate": "uniform",
         "reconstruct_compute": "storage",
     },
 }
 # The lowest perplexity measured so far (docs/methods.md, Presets)
-PRESETS["best"] = PRESETS["robust"] | {"method": "admm+reconstruct", "reconstruct_compute": "auto"}
+PRESETS["best"] = PRESETS["robust"] | {
+    "method": "wanda+ro+reconstruct",
+    "permute": True,
+    "allocate": "error",
+    "reconstruct_compute": "auto",
+}
