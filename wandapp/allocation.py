@@ -55,6 +55,7 @@ def allocate(store: BlockStore, method: Method, config: PruneConfig, hidden: Ten
         )
     target, flops = config.pattern.sparsity, 0.0
     hidden = _leading(hidden, store.batch_size, method.ranks)
+    assert config.allocate is not None  # the preset's, if nobody gave any
     read, spread = RULES[config.allocate]
     sensitivities = []
     for index in range(len(store)):
