@@ -9,6 +9,7 @@ model is a line; points that nothing cheaper beats are joined.
 import argparse
 import json
 import statistics
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -27,9 +28,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4"], help="one panel each")
     parser.add_argument("--gflops", type=float, default=150, help="rate for the axis of minutes [two CPU cores: 150]")
-    parser.add_argument("--leave-out", nargs="*", default=["magnitude", "sparsegpt+ro", "wanda+ro"])
+    usual = ["magnitude", "sparsegpt+ro", "wanda+ro", "wanda@allocate=*", "*+reconstruct@reconstruct_*"]
+    parser.add_argument("--leave-out", nargs="*", default=usual, help="methods, with * for any characters")
     parser.add_argument("--out", type=Path, required=True, help=".svg or .png")
     return parser.parse_args()
+
+
+def is_left_out(method: str, arguments: argparse.Namespace) -> bool:
+    return any(fnmatchcase(method, pattern) for pattern in arguments.leave_out)
 
 
 def label_of(row: dict) -> str:
@@ -84,7 +90,7 @@ def panel(axes: Axes, points: Points, dense: float, title: str, gflops: float) -
 def main() -> None:
     arguments = parse_arguments()
     rows = [json.loads(line) for path in arguments.rows for line in path.read_text().splitlines()]
-    rows = [row for row in rows if row["model"] == arguments.model and row["method"] not in arguments.leave_out]
+    rows = [row for row in rows if row["model"] == arguments.model and not is_left_out(row["method"], arguments)]
     dense = next(row["perplexity"] for row in rows if row["method"] == "dense")
     text = next(iter(dense))
 
