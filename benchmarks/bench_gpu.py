@@ -3,8 +3,9 @@
     python benchmarks/bench_gpu.py --out benchmarks/results/gpu.json [--only correctness decode ...]
 
 Needs torch, triton and this checkout; with nvcc (CUDA_HOME or PATH) it builds the CUDA kernels into a temporary folder, and
-without it says so and measures Triton's. Only the last section, pruning, asks for more: what wandapp depends on. Takes
-under 8 minutes on an H100. A section that fails prints its traceback and the others still run; the exit code is 1 if any failed.
+without it says so and measures Triton's. WANDAPP_CUDA=0: it builds nothing and measures what is built already. Only the
+last section, pruning, asks for more: what wandapp depends on. Takes under 8 minutes on an H100. A section that fails prints
+its traceback and the others still run; the exit code is 1 if any failed.
 
 How it measures: inputs rotate through sets of more than four times the L2 cache; a sequence of calls, one per set, is
 captured in a CUDA graph, so that neither Python nor launch gaps count ("eager" marks calls that cannot be captured);
@@ -58,6 +59,8 @@ def make_importable(folder: str) -> None:
 
 def build(folder: str) -> str:
     """Compiles wandapp._CUDA for this GPU, with the headers that torch brings; why not, where there is no nvcc."""
+    if os.environ.get("WANDAPP_CUDA") == "0":
+        return "WANDAPP_CUDA=0: nothing is built"
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else None
     nvcc = nvcc or shutil.which("nvcc")
@@ -621,6 +624,19 @@ def torch_rmsprop(pair, gradient):
 
 
 @section
+def exchanges(bench: Bench) -> None:
+    """The worth of every exchange of channels between 512 groups of a 2:4 choice: a matrix product with max."""
+    groups, depth = 512, 4096
+    left, right = torch.rand(groups, depth, device=DEVICE), torch.rand(groups, depth, device=DEVICE)
+    shape, flops = f"{groups}x{groups}, {depth} rows", 2 * groups**2 * depth
+    call = launcher("pairwise_max_sum", "reference")
+    plain = bench.time("pairwise_max_sum reference", shape, [partial(call, left, right)], flops=flops, repeats=3)
+    for backend in backends("pairwise_max_sum"):
+        calls = [partial(launcher("pairwise_max_sum", backend), left, right)] * 4
+        bench.time(f"pairwise_max_sum {backend}", shape, calls, flops=flops, baseline=("reference", plain))
+
+
+@section
 def compensate(bench: Bench) -> None:
     """SparseGPT's column block: 128 dependent columns, so bound by latency, not by its 16 k operations per row."""
     for rows in (4096, 11008):
@@ -723,12 +739,19 @@ def pruning(bench: Bench) -> None:
         print(f"left out: {missing}; this section needs what wandapp depends on: pip install {ROOT}")
         return
     tokens = torch.randint(LLAMA_7B["vocab_size"], CALIBRATION, generator=torch.Generator().manual_seed(0))
-    for method, target_seconds in [("wanda", None), ("wanda++", 120), ("sparsegpt", None)]:
-        bench.attempt(f"prune {method}", partial(prune_one, bench, tokens, method, target_seconds))
+    runs: list[tuple[str, dict, int | None]] = [
+        ("wanda", {"method": "wanda"}, None),
+        ("wanda++", {"method": "wanda++"}, 120),
+        ("sparsegpt", {"method": "sparsegpt"}, None),
+        ("admm", {"method": "admm"}, None),
+        ("--preset best", {"preset": "best"}, 600),
+    ]
+    for name, options, target_seconds in runs:
+        bench.attempt(f"prune {name}", partial(prune_one, bench, tokens, name, options, target_seconds))
         torch.cuda.empty_cache()
 
 
-def prune_one(bench: Bench, tokens, method: str, target_seconds: float | None) -> None:
+def prune_one(bench: Bench, tokens, name: str, options: dict, target_seconds: float | None) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from wandapp.pipeline import prune
@@ -737,10 +760,10 @@ def prune_one(bench: Bench, tokens, method: str, target_seconds: float | None) -
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **LLAMA_7B)).to(torch.bfloat16).eval()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
-    options = {"method": method, "sparsity": "2:4", "device": DEVICE}
+    options |= {"sparsity": "2:4", "device": DEVICE}
     report = prune(model, calibration=tokens, on_progress=lambda progress: seconds.append(progress.seconds), **options)
     block = seconds[1] - seconds[0]
-    row = {"kernel": f"prune {method} 2:4", "shape": f"7B block, {'x'.join(map(str, tokens.shape))}"}
+    row = {"kernel": f"prune {name} 2:4", "shape": f"7B block, {'x'.join(map(str, tokens.shape))}"}
     row |= {"seconds_per_block": block, "seconds_for_32_blocks": 32 * block, "phases": report.seconds_by_phase}
     row |= {"peak_gib": report.peak_gib, "achieved_gflops": report.achieved_gflops}
     verdict = ""
