@@ -131,10 +131,13 @@ class _Training:
                 loss = output_error(output, self.targets[own], self.config.reconstruct_loss).sum()
                 self.block.backward(loss, tokens=output.shape[0] * output.shape[1])
         for parameter, master in self.masters.values.items():
-            gradient = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
+            if parameter.grad is None:
+                gradient = torch.zeros_like(master)
+            elif parameter in self.keep:
+                gradient = parameter.grad * self.keep[parameter]  # fp32, in one pass over both
+            else:
+                gradient = parameter.grad.float()
             master.grad = self.ranks.sum_(gradient.contiguous())
-            if parameter in self.keep:
-                master.grad.mul_(self.keep[parameter])
             parameter.grad = None
             parameter.requires_grad_(False)
 
