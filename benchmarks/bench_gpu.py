@@ -4,7 +4,7 @@
 
 Needs torch, triton and this checkout; with nvcc (CUDA_HOME or PATH) it builds the CUDA kernels into a temporary folder, and
 without it says so and measures Triton's. WANDAPP_CUDA=0: it builds nothing and measures what is built already. Only the
-last section, pruning, asks for more: what wandapp depends on. Takes under 8 minutes on an H100. A section that fails prints
+last section, pruning, asks for more: what wandapp depends on. Takes under 10 minutes on an H100. A section that fails prints
 its traceback and the others still run; the exit code is 1 if any failed.
 
 How it measures: inputs rotate through sets of more than four times the L2 cache; a sequence of calls, one per set, is
@@ -760,7 +760,7 @@ def prune_one(bench: Bench, tokens, name: str, options: dict, target_seconds: fl
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **LLAMA_7B)).to(torch.bfloat16).eval()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
-    options |= {"sparsity": "2:4", "device": DEVICE}
+    options = options | {"sparsity": "2:4", "device": DEVICE}
     report = prune(model, calibration=tokens, on_progress=lambda progress: seconds.append(progress.seconds), **options)
     block = seconds[1] - seconds[0]
     row = {"kernel": f"prune {name} 2:4", "shape": f"7B block, {'x'.join(map(str, tokens.shape))}"}
