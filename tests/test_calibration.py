@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
+from wandapp import calibration
 from wandapp.calibration import builtin_text, load_calibration, save_tokens
 from wandapp.corpus import read_corpus
 from wandapp.errors import WandappError
@@ -399,7 +400,20 @@ def test_own_text_follows_the_models_distribution(tiny_model, tiny_tokenizer, fa
     with torch.no_grad():
         expected = model(found.tokens).logits[:, :-1].argmax(-1)
     assert found.tokens[:, 1:].equal(expected)
-    assert "starting with BOS" in found.description
+    assert found.description.startswith(
+        "self: 2 samples of 12 tokens sampled from the model at temperature 1, BOS first;"
+    )
+
+
+def test_own_text_draws_tokens_as_often_as_the_model_says(tiny_model, tiny_tokenizer):
+    model, _ = tiny_model("llama")
+    model.lm_head.weight.data *= 3  # some tokens are frequent, most are rare
+    second = load_calibration("self", tiny_tokenizer(), samples=8192, seq_len=2, model=model).tokens[:, 1]
+    with torch.no_grad():
+        probability = model(torch.tensor([[256]])).logits[0, 0].double().softmax(-1)
+    expected, found = 8192 * probability, second.bincount(minlength=len(probability))
+    assert 0.02 < probability.max() < 0.5 and probability.min() < 1e-3
+    assert ((found - expected).abs() <= 5 * expected.sqrt() + 5).all()
 
 
 def test_own_text_is_seeded_batched_and_runs_past_eos(tiny_model, tiny_tokenizer):
@@ -407,21 +421,33 @@ def test_own_text_is_seeded_batched_and_runs_past_eos(tiny_model, tiny_tokenizer
     model.generation_config.top_k = 1  # a checkpoint's decoding advice does not count
     progress = []
     model.lm_head.weight.data[257] *= 4  # EOS is frequent
-    options = dict(samples=18, seq_len=20, model=model)
+    options = dict(samples=260, seq_len=20, model=model)
     first = load_calibration(
         "self", tiny_tokenizer(), seed=5, on_progress=lambda done, total: progress.append((done, total)), **options
     )
-    assert first.tokens.shape == (18, 20) and progress == [(16, 18), (18, 18)]
+    assert first.tokens.shape == (260, 20) and progress == [(256, 260), (260, 260)]
     assert (first.tokens[:, :-1] == 257).any()
-    assert len(first.tokens.unique(dim=0)) == 18
+    assert len(first.tokens.unique(dim=0)) == 260
     assert first.tokens.equal(load_calibration("self", tiny_tokenizer(), seed=5, **options).tokens)
     assert not first.tokens.equal(load_calibration("self", tiny_tokenizer(), seed=6, **options).tokens)
+
+
+def test_long_samples_of_own_text_hold_several_texts(tiny_model, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(calibration, "OWN_TEXT_LEN", 8)
+    monkeypatch.setattr(calibration, "OWN_TEXT_BATCH", 64)
+    model, progress = tiny_model("llama")[0], []
+    found = load_calibration(
+        "self", tiny_tokenizer(), samples=40, seq_len=19, model=model, on_progress=lambda *done: progress.append(done)
+    )
+    assert found.tokens.shape == (40, 19)  # of three texts of 7
+    assert [i for i in range(19) if (found.tokens[:, i] == 256).all()] == [0, 7, 14]
+    assert progress == [(21, 40), (40, 40)] and "begun anew every 7 tokens" in found.description
 
 
 def test_own_text_without_bos_starts_anywhere(tiny_model):
     model, _ = tiny_model("llama", bos_token_id=None)
     found = load_calibration("self", None, samples=8, seq_len=3, model=model)
-    assert len(found.tokens[:, 0].unique()) > 4 and "starting with a random token" in found.description
+    assert len(found.tokens[:, 0].unique()) > 4 and "a random token first" in found.description
 
 
 def test_own_text_needs_a_working_model(tiny_model):
@@ -429,7 +455,7 @@ def test_own_text_needs_a_working_model(tiny_model):
         load_calibration("self", None)
     model, _ = tiny_model("llama")
     model.lm_head.weight.data[0] = float("nan")
-    with pytest.raises(WandappError, match="the model's output is NaN or Inf"):
+    with pytest.raises(WandappError, match="cannot write calibration text: its output is NaN or Inf"):
         load_calibration("self", None, samples=1, seq_len=4, model=model)
 
 

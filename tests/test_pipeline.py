@@ -8,11 +8,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import wandapp
 from wandapp import methods
+from wandapp.calibration import load_calibration, read_tokens
 from wandapp.config import PruneConfig
 from wandapp.errors import WandappError
+from wandapp.pattern import SparsityPattern
 from wandapp.pipeline import prune
 from wandapp.report import MachineRate
 from wandapp.statistics import ColumnNorm, regional_loss, token_rms
+from wandapp.store import ModelStore
 from wandapp.verify import verify_model
 
 SAMPLES, SEQ_LEN = 16, 24
@@ -85,6 +88,42 @@ def test_report_is_plain_json_and_names_what_was_used(tiny_model):
     assert len(plain["kept_dense"]) == 3 and all("down_proj" in name for name in plain["kept_dense"])
     assert len(plain["blocks"]) == 3 and 0 < plain["blocks"][0]["error"] < 1
     assert set(plain["blocks"][0]["layer_errors"]) == set(plain["blocks"][0]["sparsity"])
+
+
+def test_the_dense_model_writes_samples_of_its_own(tiny_model, tiny_tokenizer, tmp_path):
+    (model, config), (twin, _) = tiny_model("llama"), tiny_model("llama")
+    given, path = tokens(config), tmp_path / "used.safetensors"
+    own = load_calibration("self", tiny_tokenizer(), samples=5, seq_len=given.shape[1], seed=8, model=model).tokens
+    options = dict(method="wanda+ro", ro_rounds=1, ro_samples=2, seed=7)
+    report = prune(model, tiny_tokenizer(), calibration=given, self_samples=5, save_calibration=str(path), **options)
+    assert torch.equal(read_tokens(path), torch.cat([given, own]))
+    assert (report.samples, report.self_samples) == (SAMPLES + 5, 5)
+    assert "given tokens; and self: 5 samples of" in report.calibration and report.seconds_by_phase["own text"] > 0
+    again = prune(twin, calibration=str(path), **options)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    assert report.flops > again.flops and again.self_samples == 0
+
+
+def test_what_reads_no_samples_lets_none_be_written(tiny_model):
+    model, config = tiny_model("llama")
+    report = prune(model, method="magnitude", calibration=tokens(config), self_samples=5)
+    assert (report.samples, report.self_samples) == (1, 0) and "own text" not in report.seconds_by_phase
+
+
+def test_a_model_that_does_not_fit_the_device_to_write_says_so(tiny_model, monkeypatch):
+    model, _ = tiny_model("llama")
+    store = ModelStore(model, SparsityPattern.parse("2:4"), device=torch.device("cuda"))
+    moved = []
+
+    def move(device):
+        moved.append(str(device))
+        if str(device) == "cuda":
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model, "to", move)
+    with pytest.raises(WandappError, match="does not fit cuda to write .*; use --self-samples 0"), store.whole_model():
+        pass
+    assert moved == ["cuda", "cpu"]
 
 
 def test_progress_is_told_after_every_block(tiny_model):

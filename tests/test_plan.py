@@ -33,6 +33,7 @@ def checkpoint(tiny_model, tmp_path_factory):
         {"method": "wanda++", "ro_rounds": 1, "ro_samples": 2},
         {"method": "gblm"},
         {"method": "wanda", "sparsity": "0.5", "allocate": "error"},
+        {"method": "wanda", "self_samples": 8},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )

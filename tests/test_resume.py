@@ -134,6 +134,27 @@ def test_stopped_and_resumed_a_permuted_run_writes_the_same_bytes(recipe, tmp_pa
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
+def test_samples_that_the_model_wrote_are_not_written_again(recipe, tmp_path, monkeypatch):
+    config = recipe(self_samples=3)
+    interrupt(config, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("wandapp.calibration._continue", None)
+        report = prune_checkpoint(config, resume=True)
+    assert report.samples == 7 and not (Path(config.out) / "wandapp" / "scratch").exists()
+    fresh = prune_checkpoint(recipe(self_samples=3, out=str(tmp_path / "other")))
+    assert (report.calibration, report.calibration_sha256) == (fresh.calibration, fresh.calibration_sha256)
+    for path in Path(tmp_path / "other").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+def test_a_streamed_model_writes_nothing_and_says_so(recipe, monkeypatch):
+    monkeypatch.setattr("wandapp.job.free_bytes", lambda: 1)
+    said = []
+    report = prune_checkpoint(recipe(self_samples=3), say=said.append)
+    assert report.samples == 4 and report.self_samples == 0
+    assert sum("so it writes no samples for its own calibration (3 otherwise)" in line for line in said) == 1
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_and_untied_heads(tied, tiny_model, recipe, tmp_path):
     save_pruned(tiny_model("llama", tie_word_embeddings=tied)[0], None, tmp_path / "dense", files={})

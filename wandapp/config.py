@@ -17,7 +17,7 @@ from wandapp.pattern import SparsityPattern
 RECIPE_FILE = "wandapp/recipe.yaml"
 MAX_COUNT = 10**7  # of samples, and of tokens in one: what a typing error exceeds, and a mistake may ask memory for
 # More samples want fewer passes: what matters is the number of steps (docs/methods.md), and cost grows with it
-RECONSTRUCT_STEPS, FEWEST_PASSES, MOST_PASSES = 512, 2, 4
+RECONSTRUCT_STEPS, FEWEST_PASSES, MOST_PASSES = 256, 2, 4
 _DTYPE_SYNONYMS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
 
 
@@ -79,6 +79,13 @@ class PruneConfig(Options):
         le=MAX_COUNT,
         description="tokens per sample; default 2048 whatever the model's context is, or the token file's width",
     )
+    self_samples: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_COUNT,
+        description="more samples, which the dense model writes itself before it is pruned (arXiv:2410.17170); default: the "
+        "preset's",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random choice")
     text_field: str = Field("text", description="name of the text column in .jsonl, .parquet and hub datasets")
     save_calibration: str | None = Field(None, description=".safetensors or .npy file for the tokens that were used")
@@ -108,7 +115,7 @@ class PruneConfig(Options):
     reconstruct_passes: int | None = Field(
         None,
         ge=0,
-        description="passes of +reconstruct over all calibration samples; default: as many as make 512 steps of a sample "
+        description="passes of +reconstruct over all calibration samples; default: as many as make 256 steps of a sample "
         "each, but 2 to 4",
     )
     reconstruct_lr: float = Field(
@@ -190,8 +197,11 @@ class PruneConfig(Options):
 
     def resolved(self) -> "PruneConfig":
         """The same with every open option filled in from the preset, and the method if none was named."""
-        idle = {"allocate": "uniform"} if self.pattern.is_structured else {"permute": False}  # cannot serve the pattern
-        values = PRESETS[self.preset] | idle
+        values = dict(PRESETS[self.preset])
+        values |= (
+            {"allocate": "uniform"} if self.pattern.is_structured else {"permute": False}
+        )  # cannot serve the pattern
+        values |= {"self_samples": 0} if self.stream else {}  # cannot write
         named = "method" in self.model_fields_set or "method" not in values
         return (self if named else self.model_copy(update={"method": values["method"]})).with_values(values)
 
@@ -207,6 +217,15 @@ class PruneConfig(Options):
             raise WandappError(
                 f"allocate {value}: {info.data['sparsity']} keeps as many of every group in all blocks, so there is nothing to "
                 "spread; give a fraction of zeros such as 0.6, or leave out --allocate"
+            )
+        return value
+
+    @field_validator("self_samples")
+    @classmethod
+    def _is_in_memory(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and info.data.get("stream"):
+            raise WandappError(
+                f"self_samples {value}: the whole model must be in memory to write; use --no-stream, or --self-samples 0"
             )
         return value
 
@@ -252,6 +271,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_lr": 3e-7,
         "ro_lr_unit": "absolute",
         "ro_loss": "frobenius",
+        "self_samples": 0,
         "permute": False,
         "allocate": "uniform",
         "reconstruct_compute": "storage",
@@ -263,6 +283,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_lr": 3e-3,
         "ro_lr_unit": "weight-rms",
         "ro_loss": "token",
+        "self_samples": 0,
         "permute": False,
         "allocate": "uniform",
         "reconstruct_compute": "storage",
@@ -271,6 +292,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # The lowest perplexity measured so far (docs/methods.md, Presets)
 PRESETS["best"] = PRESETS["robust"] | {
     "method": "wanda+ro+reconstruct",
+    "self_samples": 64,
     "permute": True,
     "allocate": "error",
     "reconstruct_compute": "auto",

@@ -48,7 +48,7 @@ def prune_checkpoint(
     raises       WandappError in one sentence; Interrupted on SIGINT or SIGTERM, with the command that continues
     """
     _ = config.source, config.target  # refused before anything else where one is missing
-    config = config.resolved()
+    config = resolved(config, say)
     methods.resolve(config.method)
     with join(resolve_device(config.device)) as ranks:
         run = RunFolder(config, resume=resume, ranks=ranks)
@@ -122,7 +122,18 @@ def _as_safetensors(config: PruneConfig, run: RunFolder, ranks: Ranks, say: Call
     return folder
 
 
-def streams(config: PruneConfig, say: Callable[[str], None]) -> bool:
+def resolved(config: PruneConfig, say: Callable[[str], None] = lambda text: None) -> PruneConfig:
+    """`config.resolved()`, without samples that the model would write itself where it will not be in memory as a whole."""
+    config = config.resolved()
+    if not config.self_samples or not streams(config):
+        return config
+    say(
+        f"{config.model} is streamed, so it writes no samples for its own calibration ({config.self_samples} otherwise)"
+    )
+    return config.model_copy(update={"self_samples": 0})
+
+
+def streams(config: PruneConfig, say: Callable[[str], None] = lambda text: None) -> bool:
     """Whether blocks are read when they are needed: as told, or where the weights exceed half of the free memory."""
     if config.stream is not None:
         return config.stream

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wandapp import methods
 from wandapp.allocation import allocate
 from wandapp.blocks import DecoderBlock
-from wandapp.calibration import Calibration, load_calibration, save_tokens
+from wandapp.calibration import Calibration, kept_calibration, load_calibration, save_tokens
 from wandapp.config import PruneConfig
 from wandapp.devices import resolve_device
 from wandapp.distributed import Ranks
@@ -70,8 +70,16 @@ def prune_store(
     """`prune` for blocks wherever they live. on_begin is told samples, batch size and the like before the work begins."""
     ranks, model, device = ranks or Ranks(), store.model, store.device
     method = methods.create(config, ranks)
-    calibrated = ranks.first(lambda: _calibrate(calibration, tokenizer, config, model))
+    clock = _Clock({})
     reads_samples = method.reads_samples or config.is_allocated
+    calibrated = ranks.first(lambda: _calibrate(calibration, tokenizer, config, model))
+    own = config.self_samples if reads_samples else 0
+    if own:
+        with clock("own text"):
+            seq_len = calibrated.tokens.shape[1]
+            calibrated = calibrated.followed_by(ranks.first(lambda: _own_text(store, tokenizer, config, seq_len)))
+    if config.save_calibration:
+        ranks.first(lambda: save_tokens(calibrated.tokens, config.save_calibration, calibrated.description))
     tokens = calibrated.tokens if reads_samples else calibrated.tokens[:1]  # others only probe the error
     # One size for all ranks, whatever each one's number of samples: refiners step through batches together.
     batch_size = min(config.batch_size or auto_batch_size(device, tokens), max(1, len(tokens) // ranks.size))
@@ -86,12 +94,14 @@ def prune_store(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         batch_size=batch_size,
         ranks=ranks.size,
+        self_samples=own,
+        seconds_by_phase=clock.seconds,
         versions=versions(),
     )
     if on_begin:
         on_begin(report)
     with _frozen(model), kept_pages():
-        _run(store, method, tokens, config, report, on_progress)
+        _run(store, method, tokens, config, report, clock, on_progress)
     report.join(ranks)
     return report
 
@@ -99,7 +109,7 @@ def prune_store(
 def _calibrate(
     calibration: str | Tensor | None, tokenizer: Any | None, config: PruneConfig, model: nn.Module
 ) -> Calibration:
-    calibrated = load_calibration(
+    return load_calibration(
         calibration if isinstance(calibration, Tensor) else config.calibration,
         tokenizer,
         samples=config.samples,
@@ -108,9 +118,22 @@ def _calibrate(
         text_field=config.text_field,
         model=model,
     )
-    if config.save_calibration:
-        save_tokens(calibrated.tokens, config.save_calibration)
-    return calibrated
+
+
+def _own_text(store: ModelStore, tokenizer: Any | None, config: PruneConfig, seq_len: int) -> Calibration:
+    """Samples that the dense model writes. A run that goes on reads those that it wrote when it began."""
+    kept = store.run.scratch("own-text") / "tokens.safetensors" if store.run else None
+    if kept and kept.exists():
+        return kept_calibration(kept)
+    with store.whole_model() as model:
+        own = load_calibration(
+            "self", tokenizer, samples=config.self_samples, seq_len=seq_len, seed=config.seed + 1, model=model
+        )
+    if kept:
+        with store.run.disk("cannot be written"):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+        save_tokens(own.tokens, kept, own.description)
+    return own
 
 
 def _run(
@@ -119,9 +142,9 @@ def _run(
     tokens: Tensor,
     config: PruneConfig,
     report: PruneReport,
+    clock: "_Clock",
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
-    clock = _Clock(report.seconds_by_phase)
     own = tokens[method.ranks.deal(len(tokens))]
     rate = MachineRate(store.device, next(store.model.parameters()).dtype)
     with clock("record"):
@@ -154,7 +177,8 @@ def _run(
                     with skipping_zeros(view.weight for view in block.linears.values()):
                         block.run_(hidden)
                     clock.synchronize(hidden)
-            report.add(block.flops, record)
+            written = report.self_samples * report.seq_len if method.ranks.is_first else 0
+            report.add(block.flops + written * block.forward_flops_per_token, record)
         report.seconds_by_phase["disk"] = store.io_seconds - waited
         report.close(clock.total, rate.gflops, peak_gib(store.device))
         if on_progress:

@@ -1,7 +1,8 @@
 """What a run will need, said before it starts: memory, disk and time.
 
-Memory is the largest of three moments: calls being recorded (embeddings and head are in memory), a block in work, and the
-end, when embeddings and head are written. A block in work holds, for P weights in it and N samples of T tokens:
+Memory is the largest of four moments: the model writes samples of its own, calls are recorded (embeddings and head are in
+memory), a block is in work, and the end, when embeddings and head are written. A block in work holds, for P weights in it and N
+samples of T tokens:
 
     weights        P, twice where blocks are streamed (the next is being read); all blocks where they are in memory
     hidden states  N x T x hidden_size, again for the dense outputs that regional optimisation aims at
@@ -14,6 +15,7 @@ end, when embeddings and head are written. A block in work holds, for P weights 
 The process itself, with its libraries, is measured, and LATER_BYTES is what they add once they compute.
 """
 
+import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,17 +26,24 @@ from torch import nn
 from wandapp import methods
 from wandapp.allocation import SAMPLES as ALLOCATION_SAMPLES
 from wandapp.blocks import LinearView, find_blocks, find_linears
-from wandapp.calibration import DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, is_token_file, read_tokens
+from wandapp.calibration import (
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQ_LEN,
+    OWN_TEXT_BATCH,
+    OWN_TEXT_LEN,
+    is_token_file,
+    read_tokens,
+)
 from wandapp.config import PruneConfig
 from wandapp.devices import resolve_device
 from wandapp.distributed import Ranks
-from wandapp.job import open_skeleton, streams
+from wandapp.job import open_skeleton, resolved, streams
 from wandapp.memory import free_bytes, resident_bytes
 from wandapp.methods.base import ERROR_SAMPLES
 from wandapp.methods.second_order import SecondOrder
 from wandapp.pipeline import auto_batch_size
 from wandapp.report import MachineRate
-from wandapp.store import attention_flops_per_token
+from wandapp.store import attention_flops_per_token, key_value_width
 
 LATER_BYTES = 60 << 20  # thread pools, kernels and code pages that the first products bring in; an estimate
 SLOWER_THAN_MATMUL = 1.6  # a run against its FLOPs at the rate of square products (README, Measured on two CPU cores)
@@ -97,12 +106,14 @@ def plan_run(config: PruneConfig) -> Plan:
 
     raises  WandappError as the run itself would, as far as that needs no weights
     """
-    config = config.resolved()
+    config = resolved(config)
     method, device = methods.create(config, Ranks()), resolve_device(config.device)
-    is_streamed = streams(config, say=lambda text: None)
+    is_streamed = streams(config)
     model = open_skeleton(config)
     samples, seq_len = _calibration_shape(config)
-    used = samples if method.reads_samples or config.is_allocated else 1
+    reads_samples = method.reads_samples or config.is_allocated
+    written = (config.self_samples or 0) if reads_samples else 0
+    used = samples + written if reads_samples else 1
     batch = min(config.batch_size or auto_batch_size(device, torch.empty(used, seq_len)), used)
     sizes, own = _Sizes(model, config), resident_bytes() + LATER_BYTES if device.type == "cpu" else 0
     rate = MachineRate(device, model.dtype)
@@ -116,14 +127,15 @@ def plan_run(config: PruneConfig) -> Plan:
     recording = (
         own + (sizes.outer + sizes.block if is_streamed else sizes.all) + used * seq_len * sizes.hidden * sizes.itemsize
     )
-    flops = _flops(config, sizes, used, seq_len, attention_flops_per_token(model.config, seq_len))
+    writing = own + sizes.all + _cache_bytes(model, written, seq_len)
+    flops = _flops(config, sizes, used, written, seq_len, attention_flops_per_token(model.config, seq_len))
     out = Path(config.out or ".").absolute()
     return Plan(
         blocks=sizes.count,
         streams=is_streamed,
         samples=used,
         seq_len=seq_len,
-        peak_bytes=max(sum(parts.values()), recording),
+        peak_bytes=max(sum(parts.values()), recording, writing if written else 0),
         free_bytes=free_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0],
         disk_bytes=sizes.all + _scratch_bytes(config, sizes, used, seq_len, is_streamed),
         free_disk_bytes=shutil.disk_usage(next(path for path in out.parents if path.exists())).free,
@@ -141,6 +153,16 @@ def _calibration_shape(config: PruneConfig) -> tuple[int, int]:
         else (DEFAULT_SAMPLES, DEFAULT_SEQ_LEN)
     )
     return config.samples or given[0], config.seq_len or given[1]
+
+
+def _cache_bytes(model: nn.Module, samples: int, seq_len: int) -> int:
+    """Keys and values of the texts that the model writes at once, the copy that a token's are appended to, and logits."""
+    pieces = math.ceil(seq_len / OWN_TEXT_LEN)
+    texts, length = min(samples * pieces, OWN_TEXT_BATCH), math.ceil(seq_len / pieces)
+    states = 2 * len(find_blocks(model)[1]) * key_value_width(model.config)  # of one token
+    one_block_again = 2 * key_value_width(model.config)
+    cached = texts * length * (states + one_block_again) * model.dtype.itemsize
+    return cached + 8 * texts * model.get_input_embeddings().weight.shape[0]
 
 
 def _hidden_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int) -> int:
@@ -198,13 +220,13 @@ def _scratch_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: in
     return hidden + gblm + (sizes.all if is_gguf else 0)
 
 
-def _flops(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, attention: float) -> float:
-    """Floating-point operations of all blocks; a backward counts as two forwards."""
+def _flops(config: PruneConfig, sizes: _Sizes, samples: int, written: int, seq_len: int, attention: float) -> float:
+    """Floating-point operations of all blocks; a backward counts as two forwards, writing samples as one."""
     method = methods.create(config, Ranks()).scorer
     forward = 2.0 * sizes.met + attention
     forwards = {"rgs": 4.0, "gblm": 6.0}.get(methods.resolve(config.method)[0], 2.0)
     forwards += methods.create(config, Ranks()).follows_dense_path
-    flops = samples * seq_len * forwards * forward
+    flops = (samples * forwards + written) * seq_len * forward
     if isinstance(method, SecondOrder):
         flops += samples * seq_len * 2.0 * sum(width**2 for width in sizes.inputs)
         flops += sum(method.flops(rows, width) for width, rows in sizes.inputs_and_rows)

@@ -95,6 +95,7 @@ class PruneReport:
     flops             by formula: linear maps and attention (whole square), forwards and backwards, Gram matrices, solver
     achieved_gflops   flops / seconds;  matmul_gflops: a dense square product's rate, measured during the run
     allocation        sparsity that --allocate gave each block, by name; empty: all alike
+    self_samples      how many of the samples the dense model wrote itself
     ranks             processes that shared the samples: flops and rates are those of all, peak_gib the largest
     """
 
@@ -108,6 +109,7 @@ class PruneReport:
     dtype: str
     batch_size: int
     ranks: int = 1
+    self_samples: int = 0
     sparsity: float = math.nan
     seconds: float = 0.0
     seconds_by_phase: dict[str, float] = field(default_factory=dict)

@@ -66,6 +66,22 @@ class ModelStore:
         pairs = zip(self.all_linears, self.linears, strict=True)
         return [name for every, pruned in pairs for name in every if name not in pruned]
 
+    @contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        """The model on the work device, to write text; leaving puts it back where it was."""
+        homes = {parameter.device for parameter in self.model.parameters()}
+        if homes <= {self.device} or len(homes) > 1:  # there already, or spread over devices by whoever loaded it
+            yield self.model
+            return
+        try:
+            yield self.model.to(self.device)
+        except torch.OutOfMemoryError:
+            raise WandappError(
+                f"the whole model does not fit {self.device} to write samples for its own calibration; use --self-samples 0"
+            ) from None
+        finally:
+            self.model.to(homes.pop())
+
     def record(self, tokens: Tensor, batch_size: int) -> Tensor:
         """Records every block's call arguments; returns the first block's inputs [samples, seq_len, hidden_size]."""
         self.batch_size = batch_size
@@ -168,16 +184,25 @@ class ModelStore:
 
 def attention_flops_per_token(config: Any, seq_len: int) -> float:
     """Q K^T and P V of one block for one token, over the whole square as torch's FLOP counter counts it: 4 * T * heads * d."""
-    fields, heads = config.get_text_config().to_dict(), query_heads(config)
-    hidden = fields.get("hidden_size") or fields.get("n_embd") or 0
-    head_size = fields.get("head_dim") or (hidden // heads if heads else 0)
-    return 4.0 * seq_len * heads * head_size
+    return 4.0 * seq_len * query_heads(config) * _head_size(config)
+
+
+def key_value_width(config: Any) -> int:
+    """Width of the keys, and of the values, that a block remembers of one token; 0 where the config gives no such number."""
+    heads = config.get_text_config().to_dict().get("num_key_value_heads") or query_heads(config)
+    return heads * _head_size(config)
 
 
 def query_heads(config: Any) -> int:
     """Query heads of a block's attention; 0 where the config gives no such number."""
     fields = config.get_text_config().to_dict()
     return fields.get("num_attention_heads") or fields.get("n_head") or 0
+
+
+def _head_size(config: Any) -> int:
+    fields, heads = config.get_text_config().to_dict(), query_heads(config)
+    hidden = fields.get("hidden_size") or fields.get("n_embd") or 0
+    return fields.get("head_dim") or (hidden // heads if heads else 0)
 
 
 def _without_skipped(linears: dict, skip: tuple[str, ...]) -> dict:
