@@ -46,11 +46,14 @@ def test_bad_option_is_refused_in_one_sentence(options, said):
     assert "\n" not in str(caught.value) and "pydantic" not in str(caught.value)
 
 
-def test_a_streamed_model_cannot_write_its_own_calibration():
+def test_a_streamed_model_cannot_run_as_a_whole():
     assert PruneConfig(preset="best").resolved().self_samples == 64
     assert PruneConfig(preset="best", stream=True).resolved().self_samples == 0
-    with pytest.raises(WandappError, match="self_samples 8: the whole model must be in memory .* --self-samples 0"):
-        PruneConfig(self_samples=8, stream=True)
+    for option in ("self_samples", "tune_passes"):
+        with pytest.raises(
+            WandappError, match=f"{option} 8: the whole model must be in memory for that; use --no-stream"
+        ):
+            PruneConfig(**{option: 8}, stream=True)
 
 
 def test_config_cannot_be_changed_after_validation():

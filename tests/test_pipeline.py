@@ -12,7 +12,7 @@ from wandapp.calibration import load_calibration, read_tokens
 from wandapp.config import PruneConfig
 from wandapp.errors import WandappError
 from wandapp.pattern import SparsityPattern
-from wandapp.pipeline import prune
+from wandapp.pipeline import _own_text, prune
 from wandapp.report import MachineRate
 from wandapp.statistics import ColumnNorm, regional_loss, token_rms
 from wandapp.store import ModelStore
@@ -121,8 +121,8 @@ def test_a_model_that_does_not_fit_the_device_to_write_says_so(tiny_model, monke
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(model, "to", move)
-    with pytest.raises(WandappError, match="does not fit cuda to write .*; use --self-samples 0"), store.whole_model():
-        pass
+    with pytest.raises(WandappError, match="does not fit cuda to write .*; use --self-samples 0"):
+        _own_text(store, None, PruneConfig(self_samples=1), 8)
     assert moved == ["cuda", "cpu"]
 
 

@@ -34,6 +34,7 @@ def checkpoint(tiny_model, tmp_path_factory):
         {"method": "gblm"},
         {"method": "wanda", "sparsity": "0.5", "allocate": "error"},
         {"method": "wanda", "self_samples": 8},
+        {"method": "wanda", "tune_passes": 2},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )

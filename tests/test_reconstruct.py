@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import wandapp
+from wandapp import descent
 from wandapp.blocks import find_blocks
 from wandapp.config import PruneConfig
-from wandapp.methods import reconstruct
-from wandapp.methods.reconstruct import rate_factor
+from wandapp.descent import rate_factor
 
 LR = 1e-3
 
@@ -135,7 +135,7 @@ def test_more_samples_get_fewer_passes_unless_their_number_is_given():
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_compute_auto_takes_bfloat16_where_the_device_multiplies_it(tiny_model, monkeypatch, has_it):
-    monkeypatch.setattr(reconstruct, "multiplies_bfloat16", lambda device: has_it)
+    monkeypatch.setattr(descent, "multiplies_bfloat16", lambda device: has_it)
     models = {compute: tiny_model("llama")[0] for compute in ("auto", "bfloat16", "storage")}
     for compute, model in models.items():
         prune(model, "wanda+reconstruct", reconstruct_passes=1, reconstruct_compute=compute)

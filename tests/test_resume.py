@@ -20,6 +20,7 @@ from wandapp.job import prune_checkpoint
 from wandapp.models import load_model, save_pruned
 from wandapp.output import locked, partial_of
 from wandapp.pipeline import prune
+from wandapp.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {
@@ -150,9 +151,36 @@ def test_samples_that_the_model_wrote_are_not_written_again(recipe, tmp_path, mo
 def test_a_streamed_model_writes_nothing_and_says_so(recipe, monkeypatch):
     monkeypatch.setattr("wandapp.job.free_bytes", lambda: 1)
     said = []
-    report = prune_checkpoint(recipe(self_samples=3), say=said.append)
-    assert report.samples == 4 and report.self_samples == 0
-    assert sum("so it writes no samples for its own calibration (3 otherwise)" in line for line in said) == 1
+    report = prune_checkpoint(recipe(self_samples=3, tune_passes=1), say=said.append)
+    assert report.samples == 4 and report.self_samples == 0 and not report.tuning
+    assert sum("is streamed, so this run is without --self-samples 3 and --tune-passes 1" in line for line in said) == 1
+
+
+@pytest.mark.parametrize("moment", ["while blocks are pruned", "before tuning", "while it is written back"])
+def test_a_tuned_run_stopped_and_resumed_writes_the_same_bytes(moment, recipe, tmp_path, monkeypatch):
+    tokens = torch.randint(0, 250, (48, 24), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": tokens}, tmp_path / "more.safetensors")
+    options = dict(calibration=str(tmp_path / "more.safetensors"), tune_passes=2, tune_lr=0.003, dtype="float32")
+    config, keep = recipe(**options), RunFolder.keep
+
+    def stop_in_the_middle(self, index, tensors, record):
+        if record.tuned and index == 1:
+            raise Interrupted("stopped")
+        keep(self, index, tensors, record)
+
+    if moment == "while it is written back":
+        with monkeypatch.context() as patch, pytest.raises(Interrupted, match="3 of 3 blocks are finished"):
+            patch.setattr(RunFolder, "keep", stop_in_the_middle)
+            prune_checkpoint(config)
+        monkeypatch.setattr("wandapp.pipeline.tune", None)  # what was learnt is read
+    else:
+        interrupt(config, 2 if moment == "while blocks are pruned" else 3)
+    resumed = prune_checkpoint(config, resume=True)
+    monkeypatch.undo()
+    whole = prune_checkpoint(recipe(**options | {"out": str(tmp_path / "other")}))
+    assert resumed.tuning == whole.tuning and whole.tuning["divergence_after"] < whole.tuning["divergence_before"]
+    for path in Path(tmp_path / "other").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -74,7 +74,7 @@ class _StopForward(Exception):
     """Ends a forward whose remaining result nobody reads."""
 
 
-Observer = Callable[[LinearView, Tensor, Tensor | None], None]
+Observer = Callable[[LinearView, Tensor, Tensor | None], Any]
 
 _PRODUCTS = {  # function -> position of (input, weight) among its arguments
     torch.nn.functional.linear: (0, 1),
@@ -88,7 +88,10 @@ _PRODUCTS = {  # function -> position of (input, weight) among its arguments
 
 
 class _Watch(TorchFunctionMode):
-    """Shows every product x W^T of a known weight to an observer(view, x, y); y is None where the forward ends there."""
+    """Shows every product x W^T of a known weight to an observer(view, x, y); y is None where the forward ends there.
+
+    A tensor that the observer returns takes the place of y.
+    """
 
     def __init__(self, views: dict[int, LinearView], observer: Observer, last: str | None, leaves: bool):
         super().__init__()
@@ -111,8 +114,8 @@ class _Watch(TorchFunctionMode):
             self.leaf_names.add(view.name)
             if self.leaves:
                 y.requires_grad_()  # gradients are wanted from here on, not further back
-        self.observer(view, x, y)
-        return y
+        replaced = self.observer(view, x, y)
+        return y if replaced is None else replaced
 
 
 @dataclass
@@ -186,16 +189,18 @@ class DecoderBlock:
     def watch(self, hidden: Tensor, observer: Observer, *, stop: bool = False, leaves: bool = False) -> Tensor | None:
         """Runs one batch and calls observer(view, x, y) at every linear map; returns the output.
 
+        What the observer returns, if anything, goes on in the place of y.
+
         stop     end at the last linear map's input, whose product nobody reads; the result is then None
         leaves   make each first product require a gradient, so that a backward reaches all of them and no further
         """
         seen: dict[str, int] = {}
         order: list[str] = []
 
-        def count(view: LinearView, x: Tensor, y: Tensor | None) -> None:
+        def count(view: LinearView, x: Tensor, y: Tensor | None) -> Any:
             seen[view.name] = seen.get(view.name, 0) + x.numel() // x.shape[-1]
             order.append(view.name)
-            observer(view, x, y)
+            return observer(view, x, y)
 
         last = self._last if stop else None
         views = {view.weight.data_ptr(): view for view in self.all_linears.values()}

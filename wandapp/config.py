@@ -19,6 +19,7 @@ MAX_COUNT = 10**7  # of samples, and of tokens in one: what a typing error excee
 # More samples want fewer passes: what matters is the number of steps (docs/methods.md), and cost grows with it
 RECONSTRUCT_STEPS, FEWEST_PASSES, MOST_PASSES = 256, 2, 4
 _DTYPE_SYNONYMS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "half": "float16", "float": "float32"}
+WHOLE_MODEL = ("self_samples", "tune_passes")  # options that run the model as a whole, which a streamed one cannot
 
 
 class PruneConfig(Options):
@@ -136,6 +137,15 @@ class PruneConfig(Options):
         description="type of the products in +reconstruct's steps, auto: bfloat16 where the device multiplies it; masters and "
         "losses are fp32",
     )
+    tune_passes: int | None = Field(
+        None,
+        ge=0,
+        description="passes over all samples in which, after all blocks are pruned, row scales of the pruned maps, norm weights "
+        "and biases learn to give the dense model's next-token distribution; default: the preset's",
+    )
+    tune_lr: float = Field(
+        1e-2, gt=0, description="highest learning rate of that, as a fraction of each parameter's root mean square"
+    )
     gblm_norm: Literal["l2", "l1"] = Field("l2", description="how gblm joins gradients of samples (arXiv:2311.04902)")
     gblm_cache: str | None = Field(
         None, description="folder where gblm keeps the dense model's gradients for runs with other patterns"
@@ -201,7 +211,7 @@ class PruneConfig(Options):
         values |= (
             {"allocate": "uniform"} if self.pattern.is_structured else {"permute": False}
         )  # cannot serve the pattern
-        values |= {"self_samples": 0} if self.stream else {}  # cannot write
+        values |= dict.fromkeys(WHOLE_MODEL, 0) if self.stream else {}
         named = "method" in self.model_fields_set or "method" not in values
         return (self if named else self.model_copy(update={"method": values["method"]})).with_values(values)
 
@@ -220,12 +230,14 @@ class PruneConfig(Options):
             )
         return value
 
-    @field_validator("self_samples")
+    @field_validator(*WHOLE_MODEL)
     @classmethod
     def _is_in_memory(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value and info.data.get("stream"):
+            option = str(info.field_name)
             raise WandappError(
-                f"self_samples {value}: the whole model must be in memory to write; use --no-stream, or --self-samples 0"
+                f"{option} {value}: the whole model must be in memory for that; use --no-stream, or "
+                f"--{option.replace('_', '-')} 0"
             )
         return value
 
@@ -271,6 +283,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_lr": 3e-7,
         "ro_lr_unit": "absolute",
         "ro_loss": "frobenius",
+        "tune_passes": 0,
         "self_samples": 0,
         "permute": False,
         "allocate": "uniform",
@@ -283,6 +296,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_lr": 3e-3,
         "ro_lr_unit": "weight-rms",
         "ro_loss": "token",
+        "tune_passes": 0,
         "self_samples": 0,
         "permute": False,
         "allocate": "uniform",
@@ -293,6 +307,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["best"] = PRESETS["robust"] | {
     "method": "wanda+ro+reconstruct",
     "self_samples": 64,
+    "tune_passes": 1,
     "permute": True,
     "allocate": "error",
     "reconstruct_compute": "auto",

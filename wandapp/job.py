@@ -12,7 +12,7 @@ from torch import nn
 from wandapp import methods
 from wandapp.card import model_card
 from wandapp.checkpoint import Checkpoint
-from wandapp.config import PruneConfig
+from wandapp.config import WHOLE_MODEL, PruneConfig
 from wandapp.devices import resolve_device, resolve_dtype
 from wandapp.distributed import Ranks, join
 from wandapp.errors import Interrupted, WandappError
@@ -123,14 +123,14 @@ def _as_safetensors(config: PruneConfig, run: RunFolder, ranks: Ranks, say: Call
 
 
 def resolved(config: PruneConfig, say: Callable[[str], None] = lambda text: None) -> PruneConfig:
-    """`config.resolved()`, without samples that the model would write itself where it will not be in memory as a whole."""
+    """`config.resolved()`, without what would run the model as a whole where it will not be in memory as one."""
     config = config.resolved()
-    if not config.self_samples or not streams(config):
+    left_out = {name: getattr(config, name) for name in WHOLE_MODEL if getattr(config, name)}
+    if not left_out or not streams(config):
         return config
-    say(
-        f"{config.model} is streamed, so it writes no samples for its own calibration ({config.self_samples} otherwise)"
-    )
-    return config.model_copy(update={"self_samples": 0})
+    named = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in left_out.items())
+    say(f"{config.model} is streamed, so this run is without {named}")
+    return config.model_copy(update=dict.fromkeys(left_out, 0))
 
 
 def streams(config: PruneConfig, say: Callable[[str], None] = lambda text: None) -> bool:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from wandapp.pattern import SparsityPattern
 from wandapp.report import MachineRate, Progress, PruneReport, block_figures, peak_gib, versions
 from wandapp.skipping import skipping_zeros
 from wandapp.store import ModelStore
+from wandapp.tuning import Tuned, tune
 from wandapp.verify import offence
 
 TOKENS_PER_FORWARD = {"cpu": 2048, "cuda": 16384}
@@ -71,16 +73,15 @@ def prune_store(
     ranks, model, device = ranks or Ranks(), store.model, store.device
     method = methods.create(config, ranks)
     clock = _Clock({})
-    reads_samples = method.reads_samples or config.is_allocated
     calibrated = ranks.first(lambda: _calibrate(calibration, tokenizer, config, model))
-    own = config.self_samples if reads_samples else 0
+    own = config.self_samples if method.reads_samples else 0
     if own:
         with clock("own text"):
             seq_len = calibrated.tokens.shape[1]
             calibrated = calibrated.followed_by(ranks.first(lambda: _own_text(store, tokenizer, config, seq_len)))
     if config.save_calibration:
         ranks.first(lambda: save_tokens(calibrated.tokens, config.save_calibration, calibrated.description))
-    tokens = calibrated.tokens if reads_samples else calibrated.tokens[:1]  # others only probe the error
+    tokens = calibrated.tokens if method.reads_samples else calibrated.tokens[:1]  # others only probe the error
     # One size for all ranks, whatever each one's number of samples: refiners step through batches together.
     batch_size = min(config.batch_size or auto_batch_size(device, tokens), max(1, len(tokens) // ranks.size))
     report = PruneReport(
@@ -125,10 +126,15 @@ def _own_text(store: ModelStore, tokenizer: Any | None, config: PruneConfig, seq
     kept = store.run.scratch("own-text") / "tokens.safetensors" if store.run else None
     if kept and kept.exists():
         return kept_calibration(kept)
-    with store.whole_model() as model:
-        own = load_calibration(
-            "self", tokenizer, samples=config.self_samples, seq_len=seq_len, seed=config.seed + 1, model=model
-        )
+    try:
+        with store.whole_model() as model:
+            own = load_calibration(
+                "self", tokenizer, samples=config.self_samples, seq_len=seq_len, seed=config.seed + 1, model=model
+            )
+    except torch.OutOfMemoryError:
+        raise WandappError(
+            f"the whole model does not fit {store.device} to write samples for its own calibration; use --self-samples 0"
+        ) from None
     if kept:
         with store.run.disk("cannot be written"):
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -148,8 +154,7 @@ def _run(
     own = tokens[method.ranks.deal(len(tokens))]
     rate = MachineRate(store.device, next(store.model.parameters()).dtype)
     with clock("record"):
-        # A rank without a sample borrows one to learn the calls' arguments.
-        hidden = store.record(own if len(own) else tokens[:1], report.batch_size)[: len(own)]
+        hidden = _first_states(store, tokens, own, report)
     pattern = config.pattern
     if config.is_allocated:
         with clock("allocate"):
@@ -158,7 +163,8 @@ def _run(
     with clock("prepare"):
         if store.done < len(store):
             report.flops += method.prepare(store, own, hidden)
-    dense_path = store.copy(hidden) if method.follows_dense_path and store.done < len(store) else None
+    follows = method.follows_dense_path and store.done < len(store) or config.tune_passes
+    dense_path = store.copy(hidden) if follows else None
     waited = store.io_seconds
     for index in range(len(store)):
         rate.sample()
@@ -183,7 +189,55 @@ def _run(
         report.close(clock.total, rate.gflops, peak_gib(store.device))
         if on_progress:
             on_progress(_progress(report, record, index + 1, len(store)))
+    if config.tune_passes and dense_path is not None:
+        with clock("tune"):
+            _tune(store, own, _first_states(store, tokens, own, report), dense_path, config, report, method.ranks)
+        report.close(clock.total, rate.gflops, peak_gib(store.device))
     report.kept_dense = store.kept_dense()
+
+
+def _first_states(store: ModelStore, tokens: Tensor, own: Tensor, report: PruneReport) -> Tensor:
+    """The first block's inputs of this rank's samples; one without a sample borrows one to learn the calls' arguments."""
+    return store.record(own if len(own) else tokens[:1], report.batch_size)[: len(own)]
+
+
+def _tune(
+    store: ModelStore,
+    tokens: Tensor,
+    hidden: Tensor,
+    dense: Tensor,
+    config: PruneConfig,
+    report: PruneReport,
+    ranks: Ranks,
+) -> None:
+    """Trains what is cheap in all blocks together, and writes it into those that do not have it yet."""
+    kept = store.run.scratch("tuning") / "learnt.safetensors" if store.run else None
+    tuned = ranks.first(lambda: Tuned.read(kept) if kept and kept.exists() else None)
+    if tuned is None:
+        try:
+            tuned = tune(store, tokens, hidden, dense, config, ranks)
+        except torch.OutOfMemoryError:
+            report.warnings.append(f"not tuned end to end: the whole model does not fit {store.device}")
+            return
+        report.flops += tuned.flops
+        if kept and tuned.is_better:
+            with store.run.disk("cannot be written"):
+                ranks.first(lambda: tuned.write(kept))
+    before, after = tuned.divergence_before, tuned.divergence_after
+    report.tuning = {"divergence_before": before, "divergence_after": after}
+    if not tuned.is_better:
+        report.warnings.append(
+            f"not tuned end to end: no pass left less than the {before:.4g} nats per token before it"
+        )
+        return
+    for index, record in enumerate(report.blocks):
+        if not record.tuned:
+            with store.open_block(index) as block:
+                tuned.apply(block)
+                _recheck(block, record)
+                ranks.require_equal(partial(checksum, block), block.name)
+                record.tuned = True
+                store.keep(block, record)
 
 
 def _prune_block(
@@ -198,7 +252,7 @@ def _prune_block(
         with clock("dense path"):
             block.run_(dense_path)
     with clock("prune"):
-        record = method.prune_block(block, hidden, pattern, dense_path)
+        record = method.prune_block(block, hidden, pattern, dense_path if method.follows_dense_path else None)
     with clock("verify"):
         _check(block, pattern, record)
         method.ranks.require_equal(lambda: checksum(block), block.name)

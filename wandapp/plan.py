@@ -111,9 +111,8 @@ def plan_run(config: PruneConfig) -> Plan:
     is_streamed = streams(config)
     model = open_skeleton(config)
     samples, seq_len = _calibration_shape(config)
-    reads_samples = method.reads_samples or config.is_allocated
-    written = (config.self_samples or 0) if reads_samples else 0
-    used = samples + written if reads_samples else 1
+    written = (config.self_samples or 0) if method.reads_samples else 0
+    used = samples + written if method.reads_samples else 1
     batch = min(config.batch_size or auto_batch_size(device, torch.empty(used, seq_len)), used)
     sizes, own = _Sizes(model, config), resident_bytes() + LATER_BYTES if device.type == "cpu" else 0
     rate = MachineRate(device, model.dtype)
@@ -167,7 +166,7 @@ def _cache_bytes(model: nn.Module, samples: int, seq_len: int) -> int:
 
 def _hidden_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int) -> int:
     method = methods.create(config, Ranks())
-    sets = 1 + (method.outputs_read is None) + method.follows_dense_path
+    sets = 1 + (method.outputs_read is None) + (method.follows_dense_path or bool(config.tune_passes))
     return sets * samples * seq_len * sizes.hidden * sizes.itemsize
 
 
@@ -213,7 +212,7 @@ def _method_bytes(config: PruneConfig, sizes: _Sizes, samples: int, batch_tokens
 
 
 def _scratch_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int, is_streamed: bool) -> int:
-    sets = 1 + methods.create(config, Ranks()).follows_dense_path
+    sets = 1 + (methods.create(config, Ranks()).follows_dense_path or bool(config.tune_passes))
     hidden = sets * samples * seq_len * sizes.hidden * sizes.itemsize if config.activations == "disk" else 0
     gblm = 4 * sizes.count * sizes.weights if methods.resolve(config.method)[0] == "gblm" else 0
     is_gguf = is_streamed and (config.model == "smollm2" or str(config.model).endswith(".gguf"))
@@ -225,7 +224,7 @@ def _flops(config: PruneConfig, sizes: _Sizes, samples: int, written: int, seq_l
     method = methods.create(config, Ranks()).scorer
     forward = 2.0 * sizes.met + attention
     forwards = {"rgs": 4.0, "gblm": 6.0}.get(methods.resolve(config.method)[0], 2.0)
-    forwards += methods.create(config, Ranks()).follows_dense_path
+    forwards += methods.create(config, Ranks()).follows_dense_path or bool(config.tune_passes)
     flops = (samples * forwards + written) * seq_len * forward
     if isinstance(method, SecondOrder):
         flops += samples * seq_len * 2.0 * sum(width**2 for width in sizes.inputs)
@@ -236,9 +235,12 @@ def _flops(config: PruneConfig, sizes: _Sizes, samples: int, written: int, seq_l
         flops += min(ALLOCATION_SAMPLES, samples) * seq_len * (1 if config.allocate == "owl" else 3) * forward
     refiners = methods.resolve(config.method)[1:]
     probes = min(ERROR_SAMPLES, samples)
+    trained = samples - probes * (samples > 2 * ERROR_SAMPLES)
+    if config.tune_passes:  # two forwards and a backward of activations per step; divergences before and after
+        flops += seq_len * forward * (3.0 * config.tune_passes * trained + 2.0 * probes)
     steps = {
         "ro": config.ro_rounds * min(config.ro_samples, samples),
-        "reconstruct": config.passes_of_reconstruction(samples) * (samples - probes * (samples > 2 * ERROR_SAMPLES)),
+        "reconstruct": config.passes_of_reconstruction(samples) * trained,
     }
     for refiner in refiners:  # a backward per step; errors before and after
         flops += seq_len * forward * (3.0 * steps.get(refiner, 0) + 4.0 * probes)

@@ -96,6 +96,8 @@ class PruneReport:
     achieved_gflops   flops / seconds;  matmul_gflops: a dense square product's rate, measured during the run
     allocation        sparsity that --allocate gave each block, by name; empty: all alike
     self_samples      how many of the samples the dense model wrote itself
+    tuning            KL of the next token's distribution from the dense model's, nats per token of samples that were not trained
+                      on: "divergence_before" and "divergence_after" end-to-end tuning; empty: there was none
     ranks             processes that shared the samples: flops and rates are those of all, peak_gib the largest
     """
 
@@ -120,6 +122,7 @@ class PruneReport:
     linears: int = 0
     kept_dense: list[str] = field(default_factory=list)
     allocation: dict[str, float] = field(default_factory=dict)
+    tuning: dict[str, float] = field(default_factory=dict)
     blocks: list[BlockRecord] = field(default_factory=list)
     zeros: int = 0
     weights: int = 0

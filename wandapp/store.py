@@ -68,17 +68,13 @@ class ModelStore:
 
     @contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
-        """The model on the work device, to write text; leaving puts it back where it was."""
+        """The model on the work device; leaving puts it back where it was."""
         homes = {parameter.device for parameter in self.model.parameters()}
         if homes <= {self.device} or len(homes) > 1:  # there already, or spread over devices by whoever loaded it
             yield self.model
             return
         try:
             yield self.model.to(self.device)
-        except torch.OutOfMemoryError:
-            raise WandappError(
-                f"the whole model does not fit {self.device} to write samples for its own calibration; use --self-samples 0"
-            ) from None
         finally:
             self.model.to(homes.pop())
 
@@ -114,6 +110,20 @@ class ModelStore:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(home), reduction="sum")
             (loss / (tokens.shape[1] - 1)).backward()
         return leaf.grad.to(self.device)
+
+    def divergence(self, tokens: Tensor, hidden: Tensor, dense: Tensor) -> Tensor:
+        """Sum over tokens [samples, seq_len] of KL(p || q), p and q the next token's distribution after `dense` and `hidden`.
+
+        hidden, dense   [samples, seq_len, hidden_size] the last block's outputs; gradients flow to hidden
+        """
+        home = next(self.model.parameters()).device
+
+        def log_probabilities(states: Tensor) -> Tensor:
+            return forward_from(self.model, self.blocks, tokens.to(home), states.to(home)).float().log_softmax(-1)
+
+        with torch.no_grad():
+            expected = log_probabilities(dense)
+        return nn.functional.kl_div(log_probabilities(hidden), expected, reduction="sum", log_target=True)
 
     @contextmanager
     def open_block(self, index: int, *, pruned: bool = False) -> Iterator[DecoderBlock]:

@@ -55,6 +55,7 @@ class BlockRecord:
     warnings: list[str] = field(default_factory=list)
     zeros: int = 0
     weights: int = 0
+    tuned: bool = False  # whether end-to-end tuning has reached it
 
 
 class BlockStore(Protocol):
@@ -98,7 +99,8 @@ class Method:
     @property
     def reads_samples(self) -> bool:
         """Whether more than the error probes depends on the calibration samples."""
-        return bool(self.needs) or self.outputs_read is None
+        is_trained = bool(self.config.tune_passes)
+        return bool(self.needs) or self.outputs_read is None or self.config.is_allocated or is_trained
 
     @property
     def scorer(self) -> "Method":

@@ -12,22 +12,14 @@ scale. Leading samples are held out, and the weights of the best pass by their e
 nothing at inference.
 """
 
-import math
-from collections.abc import Iterator
-from itertools import zip_longest
-
 import torch
 from torch import Tensor, nn
 
 from wandapp.blocks import DecoderBlock
-from wandapp.distributed import Share
-from wandapp.kernels.native import multiplies_bfloat16
+from wandapp.descent import Descent, product_type
 from wandapp.methods.base import ERROR_SAMPLES, block_error, output_error
 from wandapp.methods.refiner import Masters, Refinement, Refiner, Snapshot, linear_parameters
 from wandapp.statistics import Measurements
-
-WARM_UP = 0.1  # of all steps
-BETAS, EPSILON = (0.9, 0.95), 1e-20  # gradients of a normalised loss are tiny; masked ones are exactly zero
 
 
 class Reconstruction(Refiner):
@@ -83,80 +75,43 @@ class _Training:
         # of few samples all are trained on
         self.held_out = ERROR_SAMPLES if self.share.total > 2 * ERROR_SAMPLES else 0
         self.probe = slice(0, self.share.leading(ERROR_SAMPLES))
-        self.generator = torch.Generator().manual_seed(self.config.seed * 100_003 + block.index)
 
     def run(self) -> None:
         passes = self.config.passes_of_reconstruction(self.share.total)
-        optimiser = torch.optim.Adam(
-            [{"params": [master], "lr": self._rate(master)} for master in self.masters.values.values()],
-            betas=BETAS,
-            eps=EPSILON,
-            fused=True,
+        descent = Descent(
+            self.masters.values.values(),
+            lr=self.config.reconstruct_lr,
+            passes=passes,
+            share=self.share,
+            ranks=self.ranks,
+            held_out=self.held_out,
+            seed=self.config.seed * 100_003 + self.block.index,
         )
-        steps = passes * len(list(self._steps()))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, steps))
         best, best_error = Snapshot(self.parameters), self._error()
         for _ in range(passes):
-            for rows in self._steps():
-                self._set_gradients(rows)
-                optimiser.step()
-                schedule.step()
+            for own in descent.one_pass():
+                self._set_gradients(own)
+                descent.step()
                 self.masters.store()
             error = self._error()
             if error < best_error:
                 best, best_error = Snapshot(self.parameters), error
         best.restore()
 
-    def _rate(self, master: Tensor) -> float:
-        kept = master[master != 0]
-        return self.config.reconstruct_lr * kept.square().mean().sqrt().item() if len(kept) else 0.0
-
-    def _steps(self) -> Iterator[tuple[Tensor | None, ...]]:
-        """One pass: each step's sample of every rank, in a random order that all ranks know; None: that rank has no more."""
-        return zip_longest(*map(self._order, range(self.ranks.size)))
-
-    def _order(self, rank: int) -> tuple[Tensor, ...]:
-        held_out = Share(rank, self.share.counts).leading(self.held_out)
-        order = held_out + torch.randperm(self.share.counts[rank] - held_out, generator=self.generator)
-        return order.unsqueeze(1).unbind()  # none of nothing, of which split makes one
-
-    def _set_gradients(self, rows: tuple[Tensor | None, ...]) -> None:
+    def _set_gradients(self, own: Tensor | None) -> None:
         """Gradients of the masters by the summed loss of one step's samples on all ranks; removed weights get none."""
-        own = rows[self.ranks.rank]
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         if own is not None:
-            with torch.enable_grad(), self._precision():
+            device = next(self.block.module.parameters()).device
+            with torch.enable_grad(), product_type(device, self.config.reconstruct_compute):
                 output = self.block(self.hidden[own])
                 loss = output_error(output, self.targets[own], self.config.reconstruct_loss).sum()
                 self.block.backward(loss, tokens=output.shape[0] * output.shape[1])
-        for parameter, master in self.masters.values.items():
-            if parameter.grad is None:
-                gradient = torch.zeros_like(master)
-            elif parameter in self.keep:
-                gradient = parameter.grad * self.keep[parameter]  # fp32, in one pass over both
-            else:
-                gradient = parameter.grad.float()
-            master.grad = self.ranks.sum_(gradient.contiguous())
-            parameter.grad = None
-            parameter.requires_grad_(False)
-
-    def _precision(self) -> torch.autocast:
-        """The type of a step's products; masters, gradients of masters and the loss are fp32."""
-        device, compute = next(self.block.module.parameters()).device, self.config.reconstruct_compute
-        enabled = compute == "bfloat16" or compute == "auto" and multiplies_bfloat16(device)
-        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+        self.masters.take_gradients(self.ranks, self.keep)
 
     def _error(self) -> float:
         probe = self.probe
         return block_error(
             self.block, self.hidden[probe], self.targets[probe], self.ranks, kind=self.config.reconstruct_loss
         )
-
-
-def rate_factor(step: int, steps: int) -> float:
-    """Warm-up from 0 to 1 over the first tenth of the steps, then a cosine down to 0."""
-    warm_up = max(1, round(WARM_UP * steps))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))

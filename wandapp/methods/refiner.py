@@ -3,6 +3,7 @@
 `method+first+second` is second(first(method)): each refines what the one inside it left. A refiner supplies `refine`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from wandapp.blocks import DecoderBlock
 from wandapp.config import PruneConfig
+from wandapp.distributed import Ranks
 from wandapp.methods.base import ERROR_SAMPLES, BlockRecord, BlockStore, Method, block_error
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
@@ -34,6 +36,22 @@ class Masters:
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.values = {p: p.data if p.dtype == torch.float32 else p.data.float() for p in parameters}
+
+    def take_gradients(self, ranks: Ranks, keep: Mapping[nn.Parameter, Tensor]) -> None:
+        """Moves the parameters' gradients, summed over ranks, to the values, and lets the parameters require none.
+
+        keep   factors of the gradient by parameter: 1.0 where a weight is trained and 0.0 elsewhere
+        """
+        for parameter, master in self.values.items():
+            if parameter.grad is None:
+                gradient = torch.zeros_like(master)
+            elif parameter in keep:
+                gradient = parameter.grad * keep[parameter]  # fp32, in one pass over both
+            else:
+                gradient = parameter.grad.float()
+            master.grad = ranks.sum_(gradient.contiguous())
+            parameter.grad = None
+            parameter.requires_grad_(False)
 
     def store(self) -> None:
         """Rounds the values into the parameters."""
