@@ -114,6 +114,20 @@ def test_experts_that_one_rank_alone_met_are_pruned_by_its_tokens(tiny_model, tm
         assert set(report.blocks[0].layer_errors) == set(alone[method][1].blocks[0].layer_errors)
 
 
+def test_ranks_tune_the_whole_model_alike(tiny_model, tmp_path):
+    model = tiny_model("llama")[0]
+    options = dict(tune_passes=2, tune_lr=3e-3, self_samples=4, batch_size=3)
+    alone = pruned(model, ["wanda"], 33, **options)["wanda"][1]
+    ended = harness.run_ranks(2, lambda ranks: pruned(model, ["wanda"], 33, ranks, **options), tmp_path, timeout=60)
+    assert [end.code for end in ended] == [0] * 2, ended[0].printed
+    (first, report), (second, _) = (end.result["wanda"] for end in ended)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert report.samples == 37 and report.tuning["divergence_before"] == pytest.approx(
+        alone.tuning["divergence_before"], rel=1e-3
+    )
+    assert report.tuning["divergence_after"] < report.tuning["divergence_before"]
+
+
 @pytest.mark.parametrize("method", ["wanda+ro", "wanda++", "wanda+reconstruct"])
 def test_refiners_move_all_ranks_alike(tiny_model, tmp_path, method):
     """RO draws 2 + 1 + 1 of the ranks' samples, so its last step is of one rank alone; batches of five samples are uneven."""
