@@ -28,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4"], help="one panel each")
     parser.add_argument("--gflops", type=float, default=150, help="rate for the axis of minutes [two CPU cores: 150]")
-    usual = ["magnitude", "sparsegpt+ro", "wanda+ro", "wanda@allocate=*", "*@reconstruct_*", "*@preset=best,*"]
+    usual = ["magnitude", "sparsegpt+ro", "wanda+ro", "wanda@allocate=*", "*@reconstruct_*", "*best,self_samples=0,*"]
     parser.add_argument("--leave-out", nargs="*", default=usual, help="methods, with * for any characters")
     parser.add_argument("--out", type=Path, required=True, help=".svg or .png")
     return parser.parse_args()
@@ -40,9 +40,9 @@ def is_left_out(method: str, arguments: argparse.Namespace) -> bool:
 
 def label_of(row: dict) -> str:
     method, _, options = row["method"].partition("@")
-    if options == "preset=best":
-        method, options = "preset best", ""
-    options = options.replace("preset=paper", "as published").replace("reconstruct_", "").replace(",", ", ")
+    if "preset=best" in options:
+        method, options = "preset best", options.removeprefix("preset=best").removeprefix(",")
+    options = options.replace("self_samples=0", "no own text").replace("preset=paper", "as published").replace("reconstruct_", "").replace(",", ", ")
     samples = "" if row["samples"] == USUAL_SAMPLES else f"{row['samples']} samples"
     return method + "".join(f"\n{more}" if len(more) > 20 else f", {more}" for more in (options, samples) if more)
 

@@ -174,10 +174,13 @@ def summary(recipe: PruneConfig, report: Any) -> dict[str, str]:
     waited = report.seconds_by_phase.get("disk", 0.0)
     by_block = report.allocation.values()
     spread = {"by block": f"{min(by_block):.4f} to {max(by_block):.4f} ({recipe.allocate})"} if by_block else {}
+    tuning = report.tuning.values()
+    tuned = {"tuned": "{:.4f} -> {:.4f} nats per token from the dense model".format(*tuning)} if tuning else {}
     return {
         "pruned": f"{recipe.model} with {recipe.method} to {recipe.sparsity}, {report.linears} linear maps",
         "sparsity": f"{report.sparsity:.4f}",
         **spread,
+        **tuned,
         "time": f"{report.seconds:.1f} s at {report.achieved_gflops:.0f} GFLOP/s; a plain matmul here runs at "
         f"{report.matmul_gflops:.0f} GFLOP/s",
         "waited for disk": f"{waited:.1f} s, {waited / max(report.seconds, 1e-9):.1%} of the time",

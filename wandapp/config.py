@@ -307,7 +307,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["best"] = PRESETS["robust"] | {
     "method": "wanda+ro+reconstruct",
     "self_samples": 64,
-    "tune_passes": 1,
     "permute": True,
     "allocate": "error",
     "reconstruct_compute": "auto",
