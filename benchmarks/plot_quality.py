@@ -42,7 +42,12 @@ def label_of(row: dict) -> str:
     method, _, options = row["method"].partition("@")
     if "preset=best" in options:
         method, options = "preset best", options.removeprefix("preset=best").removeprefix(",")
-    options = options.replace("self_samples=0", "no own text").replace("preset=paper", "as published").replace("reconstruct_", "").replace(",", ", ")
+    options = (
+        options.replace("self_samples=0", "no own text")
+        .replace("preset=paper", "as published")
+        .replace("reconstruct_", "")
+        .replace(",", ", ")
+    )
     samples = "" if row["samples"] == USUAL_SAMPLES else f"{row['samples']} samples"
     return method + "".join(f"\n{more}" if len(more) > 20 else f", {more}" for more in (options, samples) if more)
 
