@@ -144,7 +144,7 @@ class PruneConfig(Options):
         "and biases learn to give the dense model's next-token distribution; default: the preset's",
     )
     tune_lr: float = Field(
-        3e-3, gt=0, description="highest learning rate of that, as a fraction of each parameter's root mean square"
+        2e-3, gt=0, description="highest learning rate of that, as a fraction of each parameter's root mean square"
     )
     gblm_norm: Literal["l2", "l1"] = Field("l2", description="how gblm joins gradients of samples (arXiv:2311.04902)")
     gblm_cache: str | None = Field(
