@@ -132,6 +132,24 @@ def test_a_model_that_does_not_fit_the_device_is_left_untuned(tiny_model, monkey
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
 
 
+def test_a_tuning_that_breaks_off_leaves_the_blocks_as_they_were(tiny_model, monkeypatch):
+    divergence_of, calls = ModelStore.divergence, []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) > HELD_OUT + 10:  # ten steps were taken
+            raise torch.OutOfMemoryError
+        return divergence_of(*arguments)
+
+    model, plain = tiny_model("llama")[0], tiny_model("llama")[0]
+    prune(plain, tune_passes=0)
+    monkeypatch.setattr(ModelStore, "divergence", full)
+    report = prune(model)
+    assert report.warnings == ["not tuned end to end: the whole model does not fit cpu"]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_storage_in_bfloat16_keeps_its_type_and_gains(tiny_model):
     model = tiny_model("llama")[0].to(torch.bfloat16)
     report = prune(model)

@@ -123,7 +123,16 @@ class _Tuning:
         self.flops = 0.0
 
     def run(self) -> Tuned:
-        initial = {name: parameter.data.clone() for name, parameter in self.named.items()}
+        """Whatever stops it, the blocks are as they were."""
+        initial = {parameter: parameter.data.clone() for parameter in self.named.values()}
+        try:
+            return replace(self._best(), flops=self.flops)
+        finally:
+            for parameter, value in initial.items():
+                parameter.data.copy_(value)
+                parameter.grad = None
+
+    def _best(self) -> Tuned:
         before = self._divergence()
         best = self._learnt(before, before)
         passes = self.config.tune_passes or 0
@@ -144,9 +153,7 @@ class _Tuning:
                 for gain in self.gains.values():
                     gain.clamp_(1 / MOST_GAIN, MOST_GAIN)
             best = min(best, self._learnt(before, self._divergence()), key=lambda learnt: learnt.divergence_after)
-        for name, parameter in self.named.items():
-            parameter.data.copy_(initial[name])
-        return replace(best, flops=self.flops)
+        return best
 
     def _learnt(self, before: float, now: float) -> Tuned:
         gains = {name: gain.clone() for name, gain in self.gains.items()}
