@@ -19,6 +19,7 @@ from wandapp.methods.wanda import Wanda
 from wandapp.pipeline import checksum, prune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+REGIONS = ["block", "sub-block"]
 SCORES = ["magnitude", "wanda", "sparsegpt", "admm", "gblm", "rgs"]
 
 
@@ -128,12 +129,15 @@ def test_ranks_tune_the_whole_model_alike(tiny_model, tmp_path):
     assert report.tuning["divergence_after"] < report.tuning["divergence_before"]
 
 
-@pytest.mark.parametrize("method", ["wanda+ro", "wanda++", "wanda+reconstruct"])
-def test_refiners_move_all_ranks_alike(tiny_model, tmp_path, method):
+@pytest.mark.parametrize(
+    "method, region",
+    [("wanda+ro", "block"), ("wanda++", "block")] + [("wanda+reconstruct", region) for region in REGIONS],
+)
+def test_refiners_move_all_ranks_alike(tiny_model, tmp_path, method, region):
     """RO draws 2 + 1 + 1 of the ranks' samples, so its last step is of one rank alone; batches of five samples are uneven."""
     model = tiny_model("gpt2", num_hidden_layers=2)[0]
     options = dict(ro_rounds=2, ro_samples=4, sparsity="2:4")
-    options |= dict(reconstruct_passes=2, reconstruct_target="dense-path")
+    options |= dict(reconstruct_passes=2, reconstruct_target="dense-path", reconstruct_region=region)
     alone = pruned(model, [method], 5, **options)
     ended = harness.run_ranks(3, lambda ranks: pruned(model, [method], 5, ranks, **options), tmp_path)
     assert [end.code for end in ended] == [0] * 3, ended[0].printed
@@ -145,12 +149,13 @@ def test_refiners_move_all_ranks_alike(tiny_model, tmp_path, method):
         assert block.error - refined.error < 0.5 * (refined.error_before - refined.error)
 
 
+@pytest.mark.parametrize("region", REGIONS)
 @pytest.mark.parametrize("size, samples", [(2, 5), (2, 9), (3, 9), (3, 2)])
-def test_reconstruction_takes_as_many_steps_on_every_rank(tiny_model, tmp_path, size, samples):
+def test_reconstruction_takes_as_many_steps_on_every_rank(tiny_model, tmp_path, size, samples, region):
     """A rank that waited for a step of its own would hang: of 3 and 2 samples, 5 and 4; of 3 ranks the first has only
     samples that are held out, or the last has none."""
     model = tiny_model("llama", num_hidden_layers=1)[0]
-    options = dict(reconstruct_passes=1, sparsity="2:4", batch_size=3)
+    options = dict(reconstruct_passes=1, reconstruct_region=region, sparsity="2:4", batch_size=3)
     ended = harness.run_ranks(
         size, lambda ranks: pruned(model, ["wanda+reconstruct"], samples, ranks, **options), tmp_path, timeout=30
     )

@@ -32,11 +32,16 @@ def quiet_rate(monkeypatch):
     monkeypatch.setattr(MachineRate, "sample", lambda self, repeats=2: None)
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm", "rgs", "wanda+ro"])
-def test_flops_of_the_report_are_those_torch_counts(tiny_model, quiet_rate, method):
+@pytest.mark.parametrize(
+    "method, options",
+    [(method, {}) for method in ("wanda", "sparsegpt", "admm", "rgs")]
+    + [("wanda+ro", {"ro_rounds": 2, "ro_samples": 8})]
+    + [("wanda+reconstruct", {"reconstruct_region": region}) for region in ("block", "sub-block")],
+)
+def test_flops_of_the_report_are_those_torch_counts(tiny_model, quiet_rate, method, options):
     model, config = tiny_model("llama")
     with FlopCounterMode(display=False) as counter:
-        report = prune(model, method=method, calibration=tokens(config), batch_size=4, ro_rounds=2, ro_samples=8)
+        report = prune(model, method=method, calibration=tokens(config), batch_size=4, **options)
     flops = report.flops
     if method == "sparsegpt":  # torch counts neither the column solver nor the factorisations of H
         hidden, ffn = config.hidden_size, config.intermediate_size

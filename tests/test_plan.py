@@ -35,6 +35,8 @@ def checkpoint(tiny_model, tmp_path_factory):
         {"method": "wanda", "sparsity": "0.5", "allocate": "error"},
         {"method": "wanda", "self_samples": 8},
         {"method": "wanda", "tune_passes": 2},
+        {"method": "wanda+reconstruct"},
+        {"method": "wanda+reconstruct", "reconstruct_region": "sub-block"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import tiny
 import torch
 
 import wandapp
@@ -36,6 +37,31 @@ def states_after_blocks(model, tokens):
     return states
 
 
+def steps_down(module, trained, named) -> int:
+    """How many values of `trained` lie one step of LR below those of module, whose gradients are known; asserts that all do.
+
+    named   (name, parameter) of module to compare
+    """
+    moved = 0
+    for name, parameter in named:
+        before, after = parameter.detach(), trained.get_parameter(name).detach().double()
+        kept = before != 0
+        rate = LR * before[kept].square().mean().sqrt()
+        clear = kept & (parameter.grad.abs() > 1e-6 * parameter.grad.abs().max())  # fp32 knows the sign of these
+        step = (before - after)[clear]
+        torch.testing.assert_close(step, rate * parameter.grad[clear].sign(), rtol=1e-2, atol=1e-7)
+        assert torch.equal(after[~kept], torch.zeros_like(after[~kept]))
+        moved += clear.sum().item()
+    return moved
+
+
+def backward_of_error(output, wanted, kind):
+    error = output - wanted
+    if kind == "token":
+        error = error / wanted.square().mean(-1, keepdim=True).sqrt()
+    error.square().sum().backward()
+
+
 @pytest.mark.parametrize("target", ["pruned-path", "dense-path"])
 @pytest.mark.parametrize("kind", ["token", "frobenius"])
 def test_first_step_moves_each_kept_weight_by_its_rate_against_the_gradient(tiny_model, kind, target):
@@ -55,21 +81,64 @@ def test_first_step_moves_each_kept_weight_by_its_rate_against_the_gradient(tiny
     outputs = []
     module.register_forward_hook(lambda _, args, output: outputs.append(output))
     model(tokens)
-    error = outputs[0] - wanted
-    if kind == "token":
-        error = error / wanted.square().mean(-1, keepdim=True).sqrt()
-    error.square().sum().backward()
-    moved = 0
-    for name, parameter in module.named_parameters():
-        before, after = parameter.detach(), find_blocks(trained)[1][1].get_parameter(name).detach().double()
-        kept = before != 0
-        rate = LR * before[kept].square().mean().sqrt()
-        clear = kept & (parameter.grad.abs() > 1e-6 * parameter.grad.abs().max())  # fp32 knows the sign of these
-        step = (before - after)[clear]
-        torch.testing.assert_close(step, rate * parameter.grad[clear].sign(), rtol=1e-2, atol=1e-7)
-        assert torch.equal(after[~kept], torch.zeros_like(after[~kept]))
-        moved += clear.sum().item()
-    assert moved > 10_000
+    backward_of_error(outputs[0], wanted, kind)
+    assert steps_down(module, find_blocks(trained)[1][1], module.named_parameters()) > 10_000
+
+
+@pytest.mark.parametrize("family, attention", [("llama", "self_attn"), ("gpt_neox", "attention")])
+def test_attention_steps_by_its_own_error_and_then_the_rest_by_the_blocks(tiny_model, family, attention):
+    dense, tokens = tiny_model(family, num_hidden_layers=1)[0], tokens_of(1)
+    trained, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    options = {"reconstruct_passes": 1, "reconstruct_lr": LR, "reconstruct_region": "sub-block"}
+    wandapp.prune(trained, None, calibration=tokens, method="wanda+reconstruct", **options)
+    wandapp.prune(model, None, calibration=tokens, method="wanda")
+
+    module, teacher, trained = (find_blocks(m.double())[1][0] for m in (model, dense, trained))
+    seen = {}
+    for role, block in (("is", module), ("wanted", teacher)):
+        block.register_forward_hook(lambda _, args, out, role=role: seen.update({f"block {role}": out}))
+        hook = lambda _, args, out, role=role: seen.update({role: out[0]})  # noqa: E731
+        block.get_submodule(attention).register_forward_hook(hook)
+    with torch.no_grad():
+        dense(tokens)
+    model(tokens)
+    backward_of_error(seen["is"], seen["wanted"], "token")
+    of_attention = [(name, p) for name, p in module.named_parameters() if p.grad is not None]
+    assert {name.split(".")[0] for name, _ in of_attention} == {attention, "input_layernorm"}
+    assert steps_down(module, trained, of_attention) > 5_000
+
+    rest = [(name, p) for name, p in module.named_parameters() if p.grad is None]
+    with torch.no_grad():
+        for name, parameter in of_attention:
+            parameter.copy_(trained.get_parameter(name))
+    model(tokens)
+    backward_of_error(seen["block is"], seen["block wanted"], "token")
+    assert steps_down(module, trained, rest) > 5_000
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_sub_blocks_of_every_family(tiny_model, family):
+    model, plain = tiny_model(family)[0], tiny_model(family)[0]
+    report = prune(model, "wanda+reconstruct", reconstruct_region="sub-block", reconstruct_passes=1)
+    prune(plain, "wanda")
+    before = plain.state_dict()
+    assert not report.warnings
+    assert all(block.error < block.error_before for block in report.blocks)
+    stays = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
+    assert not [name for name in stays if find_blocks(model)[0] in name], "something of a block was in neither part"
+
+
+def test_a_block_of_one_module_is_trained_as_a_whole_and_says_so(tiny_model):
+    model, plain = tiny_model("llama")[0], tiny_model("llama")[0]
+    for block in model.model.layers:  # one module around both
+        block.forward, block.whole = type(block).forward.__get__(block), torch.nn.ModuleDict(block._modules)
+        for name in list(block.whole):
+            block.__dict__[name] = block._modules.pop(name)
+    report = prune(model, "wanda+reconstruct", reconstruct_region="sub-block")
+    prune(plain, "wanda+reconstruct")
+    assert [warning.split(": ")[1][:27] for warning in report.warnings] == ["reconstructed as a whole; al"[:27]] * 3
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

@@ -5,6 +5,7 @@ it is stored, is presented as one `LinearView` of shape [out_features, in_featur
 forward's matrix products to an observer: that is how all statistics are gathered.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ class RecordedCall:
 
 
 class _StopForward(Exception):
-    """Ends a forward whose remaining result nobody reads."""
+    """Ends a forward whose remaining result nobody reads; its argument, if any, is what was wanted of it."""
 
 
 Observer = Callable[[LinearView, Tensor, Tensor | None], Any]
@@ -142,15 +143,31 @@ class DecoderBlock:
     _macs_per_token: dict[str, float] = field(default_factory=dict)
     _leaf_names: set[str] = field(default_factory=set)
     _last: str | None = None
+    _order: list[str] = field(default_factory=list)  # linear maps as a forward meets them
 
     @property
     def has_experts(self) -> bool:
         return any(view.is_expert for view in self.all_linears.values())
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Output hidden states [batch, seq_len, hidden] of the block for input hidden states of the same shape."""
-        self.flops += hidden.shape[0] * hidden.shape[1] * self.forward_flops_per_token
-        return self._forward(hidden)
+    def __call__(self, hidden: Tensor, until: str | None = None) -> Tensor:
+        """Output hidden states [batch, seq_len, hidden] of the block for input hidden states of the same shape.
+
+        until   end with this linear map, and return its product instead, [batch, seq_len, out_features]
+        """
+        self.flops += hidden.shape[0] * hidden.shape[1] * self._flops_per_token(until)
+        if until is None:
+            return self._forward(hidden)
+
+        def end(view: LinearView, x: Tensor, y: Tensor | None) -> None:
+            raise _StopForward(y)
+
+        view = self.all_linears[until]
+        try:
+            with _Watch({view.weight.data_ptr(): view}, end, last=None, leaves=False):
+                self._forward(hidden)
+        except _StopForward as stopped:
+            return stopped.args[0].reshape(*hidden.shape[:2], -1)
+        raise AssertionError(f"{until}: no product in this forward")
 
     def _forward(self, hidden: Tensor) -> Tensor:
         if hidden.shape[0] not in self.calls:
@@ -168,11 +185,28 @@ class DecoderBlock:
     @property
     def forward_flops_per_token(self) -> float:
         """2 * (weights that a token meets) + attention; experts count by the tokens routed to them."""
+        return self._flops_per_token()
+
+    def _flops_per_token(self, until: str | None = None, since: str | None = None) -> float:
+        """Of a forward's part that ends with the linear map `until`, or begins after `since`, where attention is over."""
+        names = self._order if until or since else list(self.all_linears)
+        names = names[names.index(since) + 1 if since else 0 : names.index(until) + 1 if until else None]
+        views = (self.all_linears[name] for name in names)
         linear = sum(
-            self._macs_per_token.get(name, 0.0 if view.is_expert else float(view.weight.numel()))
-            for name, view in self.all_linears.items()
+            self._macs_per_token.get(view.name, 0.0 if view.is_expert else float(view.weight.numel())) for view in views
         )
-        return 2.0 * linear + self.attention_flops_per_token
+        return 2.0 * linear + (0.0 if since else self.attention_flops_per_token)
+
+    @property
+    def attention_end(self) -> str | None:
+        """The linear map that ends the first of the modules which a forward runs through: attention, in most blocks.
+
+        None where all maps belong to one module, where experts come first, and before any forward was watched.
+        """
+        for name, following in itertools.pairwise(self._order):
+            if sub_module(name, self.name) != sub_module(following, self.name):
+                return None if self.all_linears[name].is_expert else name
+        return None
 
     def batches(self, samples: int, batch_size: int | None = None) -> Iterator[slice]:
         """Slices that cut `samples` rows into recorded batch sizes."""
@@ -217,14 +251,16 @@ class DecoderBlock:
         self.flops += tokens * (self.forward_flops_per_token - skipped)
         return output
 
-    def backward(self, loss: Tensor, *, tokens: int) -> None:
+    def backward(self, loss: Tensor, *, tokens: int, until: str | None = None, since: str | None = None) -> None:
         """Backward of a loss of one forward over `tokens` tokens: gradients of activations and of weights.
 
         Counted as twice the forward, less the gradients of inputs in front of the first linear maps, which no one needs.
+
+        until, since   linear maps where the forward ended, and up to which nothing requires a gradient
         """
         loss.backward()
-        spared = 2.0 * sum(self._macs_per_token.get(name, 0.0) for name in self._leaf_names)
-        self.flops += tokens * (2.0 * self.forward_flops_per_token - spared)
+        spared = 0.0 if since else 2.0 * sum(self._macs_per_token.get(name, 0.0) for name in self._leaf_names)
+        self.flops += tokens * (2.0 * self._flops_per_token(until, since) - spared)
 
     def _learn(self, seen: dict[str, int], order: list[str], tokens: int) -> None:
         """Remembers how many tokens meet each weight, and which linear map comes last in every forward."""
@@ -237,8 +273,14 @@ class DecoderBlock:
                 f"{unseen[0]}: the weight takes part in no matrix product that {type(self.module).__name__}'s forward "
                 "shows; exclude it with --skip or report the model's class"
             )
+        self._order = list(dict.fromkeys(self._order + order))
         if self._last is None and not self.all_linears[order[-1]].is_expert and order.count(order[-1]) == 1:
             self._last = order[-1]
+
+
+def sub_module(name: str, block: str) -> str:
+    """The block's own module that holds a linear map, by both their dotted names; "" where the map is such a module itself."""
+    return name.removeprefix(f"{block}.").rpartition(".")[0].partition(".")[0]
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -132,6 +132,11 @@ class PruneConfig(Options):
         "dense-path",
         description="+reconstruct: aim at the dense block's outputs on the pruned model's states, or at the dense model's",
     )
+    reconstruct_region: Literal["block", "sub-block"] = Field(
+        "block",
+        description="+reconstruct: train a block as a whole, or first attention, towards the dense one on the pruned model's "
+        "states, and then the rest of the block",
+    )
     reconstruct_compute: Literal["storage", "bfloat16", "auto"] | None = Field(
         None,
         description="type of the products in +reconstruct's steps, auto: bfloat16 where the device multiplies it; masters and "

@@ -25,7 +25,7 @@ from torch import nn
 
 from wandapp import methods
 from wandapp.allocation import SAMPLES as ALLOCATION_SAMPLES
-from wandapp.blocks import LinearView, find_blocks, find_linears
+from wandapp.blocks import LinearView, find_blocks, find_linears, sub_module
 from wandapp.calibration import (
     DEFAULT_SAMPLES,
     DEFAULT_SEQ_LEN,
@@ -98,6 +98,8 @@ class _Sizes:
             getattr(text, "num_experts_per_tok", 0) / max(len({view.index for view in experts}), 1) if experts else 0
         )
         self.met = sum(view.weight.numel() * (share if view.is_expert else 1) for view in self.views)
+        first = sub_module(self.views[0].name, prefix)
+        self.first_module = sum(view.weight.numel() for view in self.views if sub_module(view.name, prefix) == first)
         self.crossing = sum(sum(view.weight.shape) for view in self.views if not view.is_expert)
 
 
@@ -167,7 +169,12 @@ def _cache_bytes(model: nn.Module, samples: int, seq_len: int) -> int:
 def _hidden_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int) -> int:
     method = methods.create(config, Ranks())
     sets = 1 + (method.outputs_read is None) + (method.follows_dense_path or bool(config.tune_passes))
+    sets += _trains_sub_blocks(config)
     return sets * samples * seq_len * sizes.hidden * sizes.itemsize
+
+
+def _trains_sub_blocks(config: PruneConfig) -> bool:
+    return config.reconstruct_region == "sub-block" and "reconstruct" in methods.resolve(config.method)[1:]
 
 
 def _method_bytes(config: PruneConfig, sizes: _Sizes, samples: int, batch_tokens: int, seq_len: int) -> int:
@@ -238,12 +245,18 @@ def _flops(config: PruneConfig, sizes: _Sizes, samples: int, written: int, seq_l
     trained = samples - probes * (samples > 2 * ERROR_SAMPLES)
     if config.tune_passes:  # two forwards and a backward of activations per step; divergences before and after
         flops += seq_len * forward * (3.0 * config.tune_passes * trained + 2.0 * probes)
-    steps = {
-        "ro": config.ro_rounds * min(config.ro_samples, samples),
-        "reconstruct": config.passes_of_reconstruction(samples) * trained,
+    passes = config.passes_of_reconstruction(samples)
+    # A refiner's steps, each with a backward, and the forwards of errors before, between and after
+    trained_and_probed = {
+        "ro": (config.ro_rounds * min(config.ro_samples, samples), 4 * probes),
+        "reconstruct": (passes * trained, (5 + passes) * probes),
     }
-    for refiner in refiners:  # a backward per step; errors before and after
-        flops += seq_len * forward * (3.0 * steps.get(refiner, 0) + 4.0 * probes)
+    for refiner in refiners:
+        steps, errors = trained_and_probed.get(refiner, (0, 4 * probes))
+        flops += seq_len * forward * (3.0 * steps + errors)
+    if _trains_sub_blocks(config):  # the first once before it is pruned; then it is in the other's forwards, too
+        steps, errors = trained_and_probed["reconstruct"]
+        flops += seq_len * (2.0 * sizes.first_module + attention) * (samples + steps + errors - 4 * probes)
     return sizes.count * flops
 
 

@@ -250,8 +250,17 @@ def layer_errors(
 
 
 @torch.no_grad()
-def block_error(block: DecoderBlock, hidden: Tensor, dense: Tensor, ranks: Ranks, kind: str = "frobenius") -> float:
+def block_error(
+    block: DecoderBlock,
+    hidden: Tensor,
+    dense: Tensor,
+    ranks: Ranks,
+    kind: str = "frobenius",
+    until: str | None = None,
+) -> float:
     """Relative error of the block's outputs, over the leading samples whose dense [samples, ...] outputs the ranks hold.
+
+    until   the error of this linear map's products instead
 
     sqrt(sum output_error / sum of squares of the dense outputs), for kind "token" each token of both divided by its RMS
     """
@@ -260,7 +269,7 @@ def block_error(block: DecoderBlock, hidden: Tensor, dense: Tensor, ranks: Ranks
     for rows in block.batches(len(dense), batch_size):
         target = dense[rows]
         pair = torch.stack(
-            [output_error(block(hidden[rows]), target, kind), _normalised(target, target, kind).square()]
+            [output_error(block(hidden[rows], until), target, kind), _normalised(target, target, kind).square()]
         )
         squares += pair.flatten(1).sum(dim=1, dtype=torch.float64)
     difference, reference = ranks.sum_(squares).sqrt().tolist()

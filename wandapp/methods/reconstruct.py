@@ -10,15 +10,24 @@ Adam on fp32 masters, a step per sample, all samples once a pass in random order
 the steps, then a cosine to zero. The rate of each parameter is a fraction of its own RMS, so one setting serves every
 scale. Leading samples are held out, and the weights of the best pass by their error are kept. Biases and norm weights cost
 nothing at inference.
+
+With region "sub-block" all that attention's products depend on is trained by their error alone, towards the dense block's on
+X_n; then the rest of the block, as above.
 """
+
+import operator
+from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
 
 from wandapp.blocks import DecoderBlock
 from wandapp.descent import Descent, product_type
-from wandapp.methods.base import ERROR_SAMPLES, block_error, output_error
+from wandapp.distributed import Share
+from wandapp.methods.base import ERROR_SAMPLES, BlockRecord, block_error, output_error
 from wandapp.methods.refiner import Masters, Refinement, Refiner, Snapshot, linear_parameters
+from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
 
 
@@ -26,6 +35,7 @@ class Reconstruction(Refiner):
     """Training of one block at a time under its mask, on all calibration samples."""
 
     title = "reconstruction"
+    attention: "Region | None" = None  # the block in work: its first sub-block, where that is trained by itself
 
     @property
     def is_idle(self) -> bool:
@@ -55,23 +65,82 @@ class Reconstruction(Refiner):
         """The pruned linear maps, and every vector of the block: norm weights and biases."""
         return [*linear_parameters(block), *(p for p in block.module.parameters() if p.dim() == 1)]
 
+    def transform(
+        self, block: DecoderBlock, hidden: Tensor, measured: Measurements, pattern: SparsityPattern, record: BlockRecord
+    ) -> None:
+        self.attention = None
+        if self.config.reconstruct_region == "sub-block" and not self.is_idle:
+            self.attention = self._dense_attention(block, hidden)
+            if self.attention is None:
+                record.warnings.append(f"{block.name}: reconstructed as a whole; all its linear maps are of one module")
+        super().transform(block, hidden, measured, pattern, record)
+
+    @torch.no_grad()
+    def _dense_attention(self, block: DecoderBlock, hidden: Tensor) -> "Region | None":
+        """Attention's products, from the block before it is pruned, as targets; what is trained towards them follows later."""
+        end = next(filter(None, self.ranks.gather(block.attention_end)), None)
+        if end is None:
+            return None
+        products = hidden.new_empty(*hidden.shape[:2], len(block.all_linears[end].weight))
+        for rows in block.batches(len(hidden)):
+            products[rows] = block(hidden[rows], end)
+        return Region(products, [], until=end)
+
     def refine(self, block: DecoderBlock, hidden: Tensor, measured: Measurements, refinement: Refinement) -> None:
-        _Training(self, block, hidden, measured).run()
+        rest = Region(self.targets(measured), self.parameters(block))
+        if self.attention is not None:
+            first, self.attention = self.attention, None
+            reached = self._reached(block, hidden, first)
+            first.parameters = list(compress(rest.parameters, reached))
+            rest.parameters = list(compress(rest.parameters, map(operator.not_, reached)))
+            rest.since = first.until
+            _Training(self, block, hidden, measured.share, first).run()
+        _Training(self, block, hidden, measured.share, rest).run()
+
+    def _reached(self, block: DecoderBlock, hidden: Tensor, region: "Region") -> list[bool]:
+        """Which of the block's parameters the region's products depend on, told by the gradients of one sample."""
+        parameters = self.parameters(block)
+        if len(hidden):  # a rank without samples is told by the others
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                products = block(hidden[:1], region.until)
+                block.backward(products.float().sum(), tokens=hidden.shape[1], until=region.until)
+        found = [parameter.grad is not None for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+        return next(filter(any, self.ranks.gather(found)))
+
+
+@dataclass
+class Region:
+    """What is trained together, and towards what.
+
+    targets      [samples, seq_len, features] of this rank's samples
+    parameters   linear maps' and vectors
+    until        the linear map whose products are to meet the targets; None: the block's outputs are
+    since        the linear map up to which all is trained already
+    """
+
+    targets: Tensor
+    parameters: list[nn.Parameter]
+    until: str | None = None
+    since: str | None = None
 
 
 class _Training:
-    """All passes over one block.
+    """All passes over one region.
 
     masters   fp32 values of what is trained
     keep      1.0 where a weight is kept and 0.0 elsewhere, by parameter; vectors have none
     """
 
-    def __init__(self, method: Reconstruction, block: DecoderBlock, hidden: Tensor, measured: Measurements):
-        self.block, self.hidden, self.targets = block, hidden, method.targets(measured)
-        self.config, self.ranks, self.share = method.config, method.ranks, measured.share
-        self.parameters = method.parameters(block)
-        self.masters = Masters(self.parameters)
-        self.keep = {p: (self.masters.values[p] != 0).float() for p in linear_parameters(block)}
+    def __init__(self, method: Reconstruction, block: DecoderBlock, hidden: Tensor, share: Share, region: Region):
+        self.block, self.hidden, self.region = block, hidden, region
+        self.config, self.ranks, self.share = method.config, method.ranks, share
+        self.masters = Masters(region.parameters)
+        self.keep = {p: (value != 0).float() for p, value in self.masters.values.items() if p.dim() > 1}
         # of few samples all are trained on
         self.held_out = ERROR_SAMPLES if self.share.total > 2 * ERROR_SAMPLES else 0
         self.probe = slice(0, self.share.leading(ERROR_SAMPLES))
@@ -87,7 +156,7 @@ class _Training:
             held_out=self.held_out,
             seed=self.config.seed * 100_003 + self.block.index,
         )
-        best, best_error = Snapshot(self.parameters), self._error()
+        best, best_error = Snapshot(self.region.parameters), self._error()
         for _ in range(passes):
             for own in descent.one_pass():
                 self._set_gradients(own)
@@ -95,23 +164,24 @@ class _Training:
                 self.masters.store()
             error = self._error()
             if error < best_error:
-                best, best_error = Snapshot(self.parameters), error
+                best, best_error = Snapshot(self.region.parameters), error
         best.restore()
 
     def _set_gradients(self, own: Tensor | None) -> None:
         """Gradients of the masters by the summed loss of one step's samples on all ranks; removed weights get none."""
-        for parameter in self.parameters:
+        region = self.region
+        for parameter in region.parameters:
             parameter.requires_grad_(True)
         if own is not None:
             device = next(self.block.module.parameters()).device
             with torch.enable_grad(), product_type(device, self.config.reconstruct_compute):
-                output = self.block(self.hidden[own])
-                loss = output_error(output, self.targets[own], self.config.reconstruct_loss).sum()
-                self.block.backward(loss, tokens=output.shape[0] * output.shape[1])
+                output = self.block(self.hidden[own], region.until)
+                loss = output_error(output, region.targets[own], self.config.reconstruct_loss).sum()
+                tokens = output.shape[0] * output.shape[1]
+                self.block.backward(loss, tokens=tokens, until=region.until, since=region.since)
         self.masters.take_gradients(self.ranks, self.keep)
 
     def _error(self) -> float:
-        probe = self.probe
-        return block_error(
-            self.block, self.hidden[probe], self.targets[probe], self.ranks, kind=self.config.reconstruct_loss
-        )
+        region, probe = self.region, self.probe
+        hidden, targets = self.hidden[probe], region.targets[probe]
+        return block_error(self.block, hidden, targets, self.ranks, self.config.reconstruct_loss, region.until)
