@@ -181,3 +181,16 @@ def test_an_unlisted_family_is_pruned_rightly_or_refused_by_class_name(model_typ
         if param.ndim == 3 and ".experts." in name:
             axis = 1 if model_type in ("gpt_oss", "llama4_text") else 2
             assert ((along_inputs(param, axis, 4) != 0).sum(dim=-1) <= 2).all(), name
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", "0.6"])
+def test_preset_best_of_every_family(tiny_model, tiny_family, sparsity):
+    """Own text, permutation or allocation, regional optimisation and reconstruction, one after the other."""
+    options = dict(self_samples=6, ro_rounds=1, ro_samples=4, reconstruct_passes=1, batch_size=2)
+    model, report = pruned_copy(tiny_model(tiny_family)[0], preset="best", sparsity=sparsity, **options)
+    assert (report.method, report.samples, report.self_samples) == ("wanda+ro+reconstruct", 10, 6)
+    assert verify_model(model, "2:4").ok == (sparsity == "2:4")  # of allocated zeros a block has its own share
+    assert report.sparsity == pytest.approx(0.5 if sparsity == "2:4" else 0.6, abs=1e-5)
+    assert sum(block.error for block in report.blocks) < sum(block.error_before for block in report.blocks)
+    expected = ("not permuted", "no calibration token", "the weights before it were kept")
+    assert not [warning for warning in report.warnings if not any(part in warning for part in expected)]
