@@ -4,6 +4,7 @@ import pytest
 
 from wandapp import PruneConfig, WandappError
 from wandapp.config import PRESETS
+from wandapp.methods import unread
 
 
 def test_defaults_are_those_of_the_papers():
@@ -122,3 +123,10 @@ def test_preset_best_permutes_groups_and_allocates_fractions(sparsity, permute, 
 def test_every_preset_fills_in_every_open_method_option(preset):
     resolved = PruneConfig(preset=preset).resolved()
     assert all(getattr(resolved, name) is not None for values in PRESETS.values() for name in values)
+
+
+def test_tuning_reads_the_type_of_products():
+    assert unread("wanda", ["reconstruct_compute"]) == {"reconstruct_compute": ("reconstruct",)}
+    assert unread("wanda", ["reconstruct_compute", "reconstruct_lr", "tune_passes"]) == {
+        "reconstruct_lr": ("reconstruct",)
+    }

@@ -4,19 +4,25 @@ import copy
 import os
 import signal
 import subprocess
+from contextlib import nullcontext
 
 import pytest
 import ranks as harness
 import torch
+from safetensors.torch import save_file
 
 from wandapp import distributed
 from wandapp.blocks import DecoderBlock
+from wandapp.config import PruneConfig
 from wandapp.corpus import builtin_text
 from wandapp.devices import resolve_device
 from wandapp.distributed import Share, even_counts
 from wandapp.errors import WandappError
+from wandapp.job import prune_checkpoint
 from wandapp.methods.wanda import Wanda
+from wandapp.models import save_pruned
 from wandapp.pipeline import checksum, prune
+from wandapp.store import ModelStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 REGIONS = ["block", "sub-block"]
@@ -127,6 +133,41 @@ def test_ranks_tune_the_whole_model_alike(tiny_model, tmp_path):
         alone.tuning["divergence_before"], rel=1e-3
     )
     assert report.tuning["divergence_after"] < report.tuning["divergence_before"]
+
+
+def test_ranks_of_which_one_cannot_hold_the_whole_model_end_together(tiny_model, tmp_path, monkeypatch):
+    model, divergence_of = tiny_model("llama", num_hidden_layers=1)[0], ModelStore.divergence
+
+    def work(ranks):
+        def divergence(*arguments):
+            if ranks.rank == 1:
+                raise torch.OutOfMemoryError
+            return divergence_of(*arguments)
+
+        monkeypatch.setattr(ModelStore, "divergence", divergence)
+        return pruned(model, ["wanda"], 6, ranks, tune_passes=1)
+
+    ended = harness.run_ranks(2, work, tmp_path, timeout=30)
+    assert [end.code for end in ended] == [2, 2]
+    assert any(
+        "does not fit cpu to be tuned end to end; use --tune-passes 0" in said for end in ended for said in end.said
+    )
+
+
+@pytest.mark.parametrize("options", [{"self_samples": 3}, {"tune_passes": 1}], ids=str)
+def test_ranks_stream_together_if_one_is_short_of_memory(tiny_model, tiny_tokenizer, tmp_path, monkeypatch, options):
+    save_pruned(tiny_model("llama")[0], tiny_tokenizer(), tmp_path / "dense", files={})
+    save_file({"tokens": tokens(6)}, tmp_path / "tokens.safetensors")
+    recipe = {"model": str(tmp_path / "dense"), "out": str(tmp_path / "out"), "batch_size": 2} | options
+
+    def work(ranks):
+        monkeypatch.setattr("wandapp.job.free_bytes", lambda: 1 if ranks.rank else 10**12)
+        monkeypatch.setattr("wandapp.job.join", lambda device: nullcontext(ranks))
+        report = prune_checkpoint(PruneConfig(calibration=str(tmp_path / "tokens.safetensors"), **recipe))
+        return report.samples, report.tuning
+
+    ended = harness.run_ranks(2, work, tmp_path, timeout=30)
+    assert [end.result for end in ended] == [(6, {})] * 2, [end.printed for end in ended]
 
 
 @pytest.mark.parametrize(

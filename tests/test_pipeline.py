@@ -33,13 +33,21 @@ def quiet_rate(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "method, options",
-    [(method, {}) for method in ("wanda", "sparsegpt", "admm", "rgs")]
-    + [("wanda+ro", {"ro_rounds": 2, "ro_samples": 8})]
-    + [("wanda+reconstruct", {"reconstruct_region": region}) for region in ("block", "sub-block")],
+    "family, method, options",
+    [("llama", method, {}) for method in ("wanda", "sparsegpt", "admm", "rgs")]
+    + [("llama", "wanda+ro", {"ro_rounds": 2, "ro_samples": 8})]
+    + [
+        (family, *refined)
+        for family in ("llama", "gpt_neox")
+        for refined in (
+            ("wanda+reconstruct", {"reconstruct_region": "block"}),
+            ("wanda+reconstruct", {"reconstruct_region": "sub-block"}),
+            ("wanda+ro+reconstruct", {"ro_rounds": 1, "ro_samples": 2}),
+        )
+    ],
 )
-def test_flops_of_the_report_are_those_torch_counts(tiny_model, quiet_rate, method, options):
-    model, config = tiny_model("llama")
+def test_flops_of_the_report_are_those_torch_counts(tiny_model, quiet_rate, family, method, options):
+    model, config = tiny_model(family)
     with FlopCounterMode(display=False) as counter:
         report = prune(model, method=method, calibration=tokens(config), batch_size=4, **options)
     flops = report.flops

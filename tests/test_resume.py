@@ -148,6 +148,22 @@ def test_samples_that_the_model_wrote_are_not_written_again(recipe, tmp_path, mo
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
+def test_samples_that_another_model_wrote_are_not_taken_over(recipe, tmp_path, tiny_model, tiny_tokenizer):
+    """A run that was killed before its first block was finished left them."""
+    save_pruned(tiny_model("llama", seed=7)[0].to(torch.bfloat16), tiny_tokenizer(), tmp_path / "another", files={})
+    other = recipe(self_samples=2, seed=5, model=str(tmp_path / "another"))
+    if not (child := os.fork()):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("wandapp.pipeline._prune_block", lambda *_: os._exit(9))
+            prune_checkpoint(recipe(self_samples=3))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert list(partial_of(other.out).rglob("own-text/*"))
+    resumed = prune_checkpoint(other, resume=True)
+    fresh = prune_checkpoint(other.model_copy(update={"out": str(tmp_path / "fresh")}))
+    assert (resumed.samples, resumed.calibration_sha256) == (6, fresh.calibration_sha256)
+
+
 def test_a_streamed_model_writes_nothing_and_says_so(recipe, monkeypatch):
     monkeypatch.setattr("wandapp.job.free_bytes", lambda: 1)
     said = []

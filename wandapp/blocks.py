@@ -201,11 +201,14 @@ class DecoderBlock:
     def attention_end(self) -> str | None:
         """The linear map that ends the first of the modules which a forward runs through: attention, in most blocks.
 
-        None where all maps belong to one module, where experts come first, and before any forward was watched.
+        None where all maps belong to one module, where experts come first or nothing of the first is to be pruned, and
+        before any forward was watched.
         """
+        is_pruned = False
         for name, following in itertools.pairwise(self._order):
+            is_pruned |= name in self.linears
             if sub_module(name, self.name) != sub_module(following, self.name):
-                return None if self.all_linears[name].is_expert else name
+                return name if is_pruned and not self.all_linears[name].is_expert else None
         return None
 
     def batches(self, samples: int, batch_size: int | None = None) -> Iterator[slice]:
@@ -251,15 +254,24 @@ class DecoderBlock:
         self.flops += tokens * (self.forward_flops_per_token - skipped)
         return output
 
-    def backward(self, loss: Tensor, *, tokens: int, until: str | None = None, since: str | None = None) -> None:
+    def backward(
+        self,
+        loss: Tensor,
+        *,
+        tokens: int,
+        with_vectors: bool = False,
+        until: str | None = None,
+        since: str | None = None,
+    ) -> None:
         """Backward of a loss of one forward over `tokens` tokens: gradients of activations and of weights.
 
         Counted as twice the forward, less the gradients of inputs in front of the first linear maps, which no one needs.
 
+        with_vectors   the norms in front of the first linear maps want gradients, too, so nothing is spared
         until, since   linear maps where the forward ended, and up to which nothing requires a gradient
         """
         loss.backward()
-        spared = 0.0 if since else 2.0 * sum(self._macs_per_token.get(name, 0.0) for name in self._leaf_names)
+        spared = 0.0 if with_vectors else 2.0 * sum(self._macs_per_token.get(name, 0.0) for name in self._leaf_names)
         self.flops += tokens * (2.0 * self._flops_per_token(until, since) - spared)
 
     def _learn(self, seen: dict[str, int], order: list[str], tokens: int) -> None:

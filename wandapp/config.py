@@ -139,8 +139,8 @@ class PruneConfig(Options):
     )
     reconstruct_compute: Literal["storage", "bfloat16", "auto"] | None = Field(
         None,
-        description="type of the products in +reconstruct's steps, auto: bfloat16 where the device multiplies it; masters and "
-        "losses are fp32",
+        description="type of the products in the steps of +reconstruct and of tuning, auto: bfloat16 where the device multiplies "
+        "it; masters and losses are fp32",
     )
     tune_passes: int | None = Field(
         None,

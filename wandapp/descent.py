@@ -29,10 +29,10 @@ class Descent:
         share: Share,
         ranks: Ranks,
         held_out: int,
-        seed: int,
+        generator: torch.Generator,
     ):
         self.share, self.ranks, self.held_out = share, ranks, held_out
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = generator
         groups = [{"params": [value], "lr": lr * _rms(value)} for value in values]
         self.optimiser = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
         steps = passes * max(share.counts[rank] - self._held_out(rank) for rank in range(ranks.size))

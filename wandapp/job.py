@@ -48,26 +48,28 @@ def prune_checkpoint(
     raises       WandappError in one sentence; Interrupted on SIGINT or SIGTERM, with the command that continues
     """
     _ = config.source, config.target  # refused before anything else where one is missing
-    config = resolved(config, say)
-    methods.resolve(config.method)
+    methods.resolve(config.resolved().method)
     with join(resolve_device(config.device)) as ranks:
+        is_streamed = any(ranks.gather(streams(config, say)))  # by all ranks, if one is short of memory
+        config = resolved(config, is_streamed, say)
         run = RunFolder(config, resume=resume, ranks=ranks)
         if ranks.first(lambda: resume and run.is_complete()):
             say(f"{config.out} is complete; there is nothing to resume")
             return PruneReport.read(Path(config.target) / "wandapp" / "report.json")
         # At any moment: files are whole or absent.
         with run, Stoppable(lambda name: Interrupted(f"interrupted by {name}")):
-            return _prune(config, run, ranks, on_progress, say)
+            return _prune(config, is_streamed, run, ranks, on_progress, say)
 
 
 def _prune(
     config: PruneConfig,
+    is_streamed: bool,
     run: RunFolder,
     ranks: Ranks,
     on_progress: Callable[[Progress], None] | None,
     say: Callable[[str], None],
 ) -> PruneReport:
-    store, tokenizer = _open(config, run, ranks, say)
+    store, tokenizer = _open(config, is_streamed, run, ranks, say)
 
     def begin(report: PruneReport) -> None:
         torch.set_num_threads(run.begin(describe_run(config, report, store, source_files(config.source))))
@@ -92,10 +94,12 @@ def companion_files(config: PruneConfig, report: PruneReport) -> dict[str, str]:
     }
 
 
-def _open(config: PruneConfig, run: RunFolder, ranks: Ranks, say: Callable[[str], None]) -> tuple[ModelStore, Any]:
+def _open(
+    config: PruneConfig, is_streamed: bool, run: RunFolder, ranks: Ranks, say: Callable[[str], None]
+) -> tuple[ModelStore, Any]:
     """(store, tokenizer)."""
     options: dict[str, Any] = {"skip": config.skip, "device": resolve_device(config.device), "run": run}
-    if not streams(config, say):
+    if not is_streamed:
         say(f"loading {config.model}")
         model, tokenizer = load_model(config.source, dtype=config.dtype)
         return ModelStore(model, config.pattern, **options), tokenizer
@@ -122,11 +126,11 @@ def _as_safetensors(config: PruneConfig, run: RunFolder, ranks: Ranks, say: Call
     return folder
 
 
-def resolved(config: PruneConfig, say: Callable[[str], None] = lambda text: None) -> PruneConfig:
+def resolved(config: PruneConfig, is_streamed: bool, say: Callable[[str], None] = lambda text: None) -> PruneConfig:
     """`config.resolved()`, without what would run the model as a whole where it will not be in memory as one."""
     config = config.resolved()
     left_out = {name: getattr(config, name) for name in WHOLE_MODEL if getattr(config, name)}
-    if not left_out or not streams(config):
+    if not left_out or not is_streamed:
         return config
     named = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in left_out.items())
     say(f"{config.model} is streamed, so this run is without {named}")

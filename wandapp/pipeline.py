@@ -4,6 +4,7 @@ It knows neither the method nor where the weights live. Start reading here.
 """
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +21,10 @@ from wandapp.blocks import DecoderBlock
 from wandapp.calibration import Calibration, kept_calibration, load_calibration, save_tokens
 from wandapp.config import PruneConfig
 from wandapp.devices import resolve_device
-from wandapp.distributed import Ranks
+from wandapp.distributed import RankError, Ranks
 from wandapp.errors import WandappError
+from wandapp.locate import source_files
+from wandapp.manifest import fingerprint
 from wandapp.memory import kept_pages
 from wandapp.methods.base import BlockRecord, Method
 from wandapp.pattern import SparsityPattern
@@ -123,7 +126,7 @@ def _calibrate(
 
 def _own_text(store: ModelStore, tokenizer: Any | None, config: PruneConfig, seq_len: int) -> Calibration:
     """Samples that the dense model writes. A run that goes on reads those that it wrote when it began."""
-    kept = store.run.scratch("own-text") / "tokens.safetensors" if store.run else None
+    kept = store.run.scratch("own-text") / f"{_origin(config, seq_len)}.safetensors" if store.run else None
     if kept and kept.exists():
         return kept_calibration(kept)
     try:
@@ -140,6 +143,13 @@ def _own_text(store: ModelStore, tokenizer: Any | None, config: PruneConfig, seq
             kept.parent.mkdir(parents=True, exist_ok=True)
         save_tokens(own.tokens, kept, own.description)
     return own
+
+
+def _origin(config: PruneConfig, seq_len: int) -> str:
+    """Tells what this model writes with these options from what another run may have left."""
+    source = [fingerprint(path).model_dump() for path in source_files(config.source)]
+    what = [source, config.dtype, config.self_samples, seq_len, config.seed, versions()]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def _run(
@@ -190,6 +200,7 @@ def _run(
         if on_progress:
             on_progress(_progress(report, record, index + 1, len(store)))
     if config.tune_passes and dense_path is not None:
+        del hidden  # the last block's inputs, of which no second set is wanted
         with clock("tune"):
             _tune(store, own, _first_states(store, tokens, own, report), dense_path, config, report, method.ranks)
         report.close(clock.total, rate.gflops, peak_gib(store.device))
@@ -217,9 +228,14 @@ def _tune(
         try:
             tuned = tune(store, tokens, hidden, dense, config, ranks)
         except torch.OutOfMemoryError:
-            report.warnings.append(f"not tuned end to end: the whole model does not fit {store.device}")
+            reason = f"the whole model does not fit {store.device}"
+            if ranks.size > 1:  # the others are in the midst of it
+                raise RankError(f"{reason} to be tuned end to end; use --tune-passes 0") from None
+            report.warnings.append(f"not tuned end to end: {reason}")
             return
         report.flops += tuned.flops
+        if tuned.left_out:
+            report.warnings.append(f"tuning: {tuned.left_out} steps were left out, as their gradients overflow float16")
         if kept and tuned.is_better:
             with store.run.disk("cannot be written"):
                 ranks.first(lambda: tuned.write(kept))

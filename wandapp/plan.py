@@ -1,8 +1,8 @@
 """What a run will need, said before it starts: memory, disk and time.
 
-Memory is the largest of four moments: the model writes samples of its own, calls are recorded (embeddings and head are in
-memory), a block is in work, and the end, when embeddings and head are written. A block in work holds, for P weights in it and N
-samples of T tokens:
+Memory is the largest of five moments: the model writes samples of its own, calls are recorded (embeddings and head are in
+memory), a block is in work, all blocks are tuned, and the end, when embeddings and head are written. A block in work holds,
+for P weights in it and N samples of T tokens:
 
     weights        P, twice where blocks are streamed (the next is being read); all blocks where they are in memory
     hidden states  N x T x hidden_size, again for the dense outputs that regional optimisation aims at
@@ -108,9 +108,9 @@ def plan_run(config: PruneConfig) -> Plan:
 
     raises  WandappError as the run itself would, as far as that needs no weights
     """
-    config = resolved(config)
-    method, device = methods.create(config, Ranks()), resolve_device(config.device)
     is_streamed = streams(config)
+    config = resolved(config, is_streamed)
+    method, device = methods.create(config, Ranks()), resolve_device(config.device)
     model = open_skeleton(config)
     samples, seq_len = _calibration_shape(config)
     written = (config.self_samples or 0) if method.reads_samples else 0
@@ -129,6 +129,7 @@ def plan_run(config: PruneConfig) -> Plan:
         own + (sizes.outer + sizes.block if is_streamed else sizes.all) + used * seq_len * sizes.hidden * sizes.itemsize
     )
     writing = own + sizes.all + _cache_bytes(model, written, seq_len)
+    tuning = own + sizes.all + parts["hidden states"] + _tuning_bytes(sizes, seq_len)
     flops = _flops(config, sizes, used, written, seq_len, attention_flops_per_token(model.config, seq_len))
     out = Path(config.out or ".").absolute()
     return Plan(
@@ -136,7 +137,7 @@ def plan_run(config: PruneConfig) -> Plan:
         streams=is_streamed,
         samples=used,
         seq_len=seq_len,
-        peak_bytes=max(sum(parts.values()), recording, writing if written else 0),
+        peak_bytes=max(sum(parts.values()), recording, writing if written else 0, tuning if config.tune_passes else 0),
         free_bytes=free_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0],
         disk_bytes=sizes.all + _scratch_bytes(config, sizes, used, seq_len, is_streamed),
         free_disk_bytes=shutil.disk_usage(next(path for path in out.parents if path.exists())).free,
@@ -164,6 +165,12 @@ def _cache_bytes(model: nn.Module, samples: int, seq_len: int) -> int:
     one_block_again = 2 * key_value_width(model.config)
     cached = texts * length * (states + one_block_again) * model.dtype.itemsize
     return cached + 8 * texts * model.get_input_embeddings().weight.shape[0]
+
+
+def _tuning_bytes(sizes: _Sizes, seq_len: int) -> int:
+    """One sample's inputs of all blocks, a block's inputs and outputs of every map, and logits in fp32: both models', their
+    log-softmax, the products that make the divergence, gradients."""
+    return seq_len * ((sizes.count * sizes.hidden + 2 * sizes.crossing) * sizes.itemsize + 24 * sizes.vocabulary)
 
 
 def _hidden_bytes(config: PruneConfig, sizes: _Sizes, samples: int, seq_len: int) -> int:

@@ -97,7 +97,8 @@ class PruneReport:
     allocation        sparsity that --allocate gave each block, by name; empty: all alike
     self_samples      how many of the samples the dense model wrote itself
     tuning            KL of the next token's distribution from the dense model's, nats per token of samples that were not trained
-                      on: "divergence_before" and "divergence_after" end-to-end tuning; empty: there was none
+                      on, where there are more than eight: "divergence_before" and "divergence_after" end-to-end tuning; empty:
+                      there was none
     ranks             processes that shared the samples: flops and rates are those of all, peak_gib the largest
     """
 

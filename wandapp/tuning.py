@@ -23,7 +23,7 @@ from wandapp.config import PruneConfig
 from wandapp.descent import Descent, product_type
 from wandapp.distributed import Ranks
 from wandapp.methods.base import ERROR_SAMPLES
-from wandapp.methods.refiner import Masters
+from wandapp.methods.refiner import LossScale, Masters, block_generator
 from wandapp.shards import ShardReader, shard_metadata, write_shard
 from wandapp.store import ModelStore
 
@@ -35,10 +35,11 @@ class Tuned:
     """What was learnt.
 
     divergence_before, divergence_after   nats per token, KL of the dense model's distribution from the pruned one's, on samples
-                                          that were not trained on
+                                          that were not trained on where there are more than eight
     gains     fp32 factors [out_features] of the rows of pruned maps, by map
     vectors   values of the blocks' norm weights and biases, before gains, by parameter
     flops     spent on it by this rank
+    left_out  steps whose gradients were not finite
     """
 
     divergence_before: float
@@ -46,6 +47,7 @@ class Tuned:
     gains: dict[str, Tensor]
     vectors: dict[str, Tensor]
     flops: float = 0.0
+    left_out: int = 0
 
     @property
     def is_better(self) -> bool:
@@ -120,13 +122,15 @@ class _Tuning:
             for view in block.linears.values()
             if _scales(block, view)
         }
+        self.loss_scale = LossScale(self.named.values())
         self.flops = 0.0
 
     def run(self) -> Tuned:
         """Whatever stops it, the blocks are as they were."""
         initial = {parameter: parameter.data.clone() for parameter in self.named.values()}
         try:
-            return replace(self._best(), flops=self.flops)
+            best = self._best()
+            return replace(best, flops=self.flops, left_out=self.loss_scale.left_out)
         finally:
             for parameter, value in initial.items():
                 parameter.data.copy_(value)
@@ -143,7 +147,7 @@ class _Tuning:
             share=self.share,
             ranks=self.ranks,
             held_out=self.held_out,
-            seed=self.config.seed * 100_003 + len(self.blocks),
+            generator=block_generator(self.config.seed, len(self.blocks)),
         )
         for _ in range(passes):
             for own in descent.one_pass():
@@ -161,24 +165,30 @@ class _Tuning:
 
     def _set_gradients(self, own: Tensor | None) -> None:
         """Gradients of vectors and gains by one step's samples on all ranks."""
+        self.loss_scale.run(lambda scale: self._gradients(own, scale))
+
+    def _gradients(self, own: Tensor | None, scale: float) -> list[Tensor]:
         for trained in (*self.named.values(), *self.gains.values()):
             trained.requires_grad_(True)
         if own is not None:
-            with torch.enable_grad(), self._precision():
-                self._backward(own)
-        self.vectors.take_gradients(self.ranks, {})
+            with torch.enable_grad(), product_type(self.store.device, self.config.reconstruct_compute):
+                self._backward(own, scale)
+        found = self.vectors.take_gradients(self.ranks, {}, scale)
         for gain in self.gains.values():
-            gain.grad = self.ranks.sum_(torch.zeros_like(gain) if gain.grad is None else gain.grad)
+            gradient = self.ranks.sum_(torch.zeros_like(gain) if gain.grad is None else gain.grad)
+            gain.grad = gradient.div_(scale)
             gain.requires_grad_(False)
+            found.append(gradient)
+        return found
 
-    def _backward(self, own: Tensor) -> None:
+    def _backward(self, own: Tensor, scale: float) -> None:
         """Every block's forward is repeated for its backward, so that only its inputs are kept."""
         inputs = [self.hidden[own].to(self.store.device)]
         for block in self.blocks:
             with torch.no_grad():
                 inputs.append(self._forward(block, inputs[-1]))
         state = inputs.pop().requires_grad_(True)
-        self.store.divergence(self.tokens[own], state, self.dense[own]).backward()
+        (scale * self.store.divergence(self.tokens[own], state, self.dense[own])).backward()
         gradient = state.grad
         for block in reversed(self.blocks):
             state = inputs.pop().detach().requires_grad_(True)
@@ -206,16 +216,12 @@ class _Tuning:
         for row in range(self.share.leading(ERROR_SAMPLES)):
             rows = slice(row, row + 1)
             state = self.hidden[rows].to(self.store.device)
-            with self._precision():
-                for block in self.blocks:
-                    state = self._forward(block, state)
-                divergence = self.store.divergence(self.tokens[rows], state, self.dense[rows])
+            for block in self.blocks:
+                state = self._forward(block, state)
+            divergence = self.store.divergence(self.tokens[rows], state, self.dense[rows])
             total += torch.tensor([divergence.item(), self.tokens[rows].numel()], device=total.device)
         divergence, tokens = self.ranks.sum_(total).tolist()
         return divergence / tokens
-
-    def _precision(self) -> torch.autocast:
-        return product_type(self.store.device, self.config.reconstruct_compute)
 
 
 def vectors_of(block: DecoderBlock) -> dict[str, nn.Parameter]:

@@ -55,7 +55,10 @@ def resolve(name: str) -> tuple[str, ...]:
 def unread(name: str, options: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Those of `options` that the method `name` does not read, and the methods or refiners that do."""
     used, found = set(resolve(name)), {}
-    for option in options:
+    options = set(options)
+    if "tune_passes" in options:  # tuning computes as reconstruction does
+        options -= {"reconstruct_compute"}
+    for option in sorted(options):
         owner = option.partition("_")[0]
         readers = _READERS.get(option) or ((owner,) if owner in METHODS | REFINERS else ())
         if readers and not used & set(readers):

@@ -265,9 +265,10 @@ def block_error(
     sqrt(sum output_error / sum of squares of the dense outputs), for kind "token" each token of both divided by its RMS
     """
     batch_size = 1 if 1 in block.calls else None
-    squares = torch.zeros(2, dtype=torch.float64, device=hidden.device)  # of the difference, of the dense outputs
+    device = next(block.module.parameters()).device  # states may live elsewhere
+    squares = torch.zeros(2, dtype=torch.float64, device=device)  # of the difference, of the dense outputs
     for rows in block.batches(len(dense), batch_size):
-        target = dense[rows]
+        target = dense[rows].to(device)
         pair = torch.stack(
             [output_error(block(hidden[rows], until), target, kind), _normalised(target, target, kind).square()]
         )
@@ -278,6 +279,7 @@ def block_error(
 
 def output_error(output: Tensor, target: Tensor, kind: str) -> Tensor:
     """Squared error [..., hidden_size] fp32 of a block's outputs; "token": each token's error divided by its target's RMS."""
+    target = target.to(output.device)
     return _normalised(output.float() - target.float(), target, kind).square()
 
 

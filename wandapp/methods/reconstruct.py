@@ -26,7 +26,16 @@ from wandapp.blocks import DecoderBlock
 from wandapp.descent import Descent, product_type
 from wandapp.distributed import Share
 from wandapp.methods.base import ERROR_SAMPLES, BlockRecord, block_error, output_error
-from wandapp.methods.refiner import Masters, Refinement, Refiner, Snapshot, linear_parameters
+from wandapp.methods.refiner import (
+    LossScale,
+    Masters,
+    Refinement,
+    Refiner,
+    Snapshot,
+    block_generator,
+    linear_parameters,
+    zero_skipped_,
+)
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
 
@@ -72,7 +81,9 @@ class Reconstruction(Refiner):
         if self.config.reconstruct_region == "sub-block" and not self.is_idle:
             self.attention = self._dense_attention(block, hidden)
             if self.attention is None:
-                record.warnings.append(f"{block.name}: reconstructed as a whole; all its linear maps are of one module")
+                record.warnings.append(
+                    f"{block.name}: reconstructed as a whole, for want of pruned maps in front of others"
+                )
         super().transform(block, hidden, measured, pattern, record)
 
     @torch.no_grad()
@@ -94,8 +105,9 @@ class Reconstruction(Refiner):
             first.parameters = list(compress(rest.parameters, reached))
             rest.parameters = list(compress(rest.parameters, map(operator.not_, reached)))
             rest.since = first.until
-            _Training(self, block, hidden, measured.share, first).run()
-        _Training(self, block, hidden, measured.share, rest).run()
+            _Training(self, block, hidden, measured.share, first).run(refinement.warnings)
+            del first  # its targets are as large as hidden
+        _Training(self, block, hidden, measured.share, rest).run(refinement.warnings)
 
     def _reached(self, block: DecoderBlock, hidden: Tensor, region: "Region") -> list[bool]:
         """Which of the block's parameters the region's products depend on, told by the gradients of one sample."""
@@ -105,7 +117,7 @@ class Reconstruction(Refiner):
                 parameter.requires_grad_(True)
             with torch.enable_grad():
                 products = block(hidden[:1], region.until)
-                block.backward(products.float().sum(), tokens=hidden.shape[1], until=region.until)
+                block.backward(products.float().sum(), tokens=hidden.shape[1], with_vectors=True, until=region.until)
         found = [parameter.grad is not None for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -141,11 +153,15 @@ class _Training:
         self.config, self.ranks, self.share = method.config, method.ranks, share
         self.masters = Masters(region.parameters)
         self.keep = {p: (value != 0).float() for p, value in self.masters.values.items() if p.dim() > 1}
+        zero_skipped_(block, self.keep)
+        self.loss_scale = LossScale(region.parameters)
         # of few samples all are trained on
         self.held_out = ERROR_SAMPLES if self.share.total > 2 * ERROR_SAMPLES else 0
         self.probe = slice(0, self.share.leading(ERROR_SAMPLES))
 
-    def run(self) -> None:
+    def run(self, warnings: list[str]) -> None:
+        if not self.region.parameters:
+            return
         passes = self.config.passes_of_reconstruction(self.share.total)
         descent = Descent(
             self.masters.values.values(),
@@ -154,9 +170,10 @@ class _Training:
             share=self.share,
             ranks=self.ranks,
             held_out=self.held_out,
-            seed=self.config.seed * 100_003 + self.block.index,
+            generator=block_generator(self.config.seed, self.block.index),
         )
         best, best_error = Snapshot(self.region.parameters), self._error()
+        initial = best
         for _ in range(passes):
             for own in descent.one_pass():
                 self._set_gradients(own)
@@ -166,9 +183,19 @@ class _Training:
             if error < best_error:
                 best, best_error = Snapshot(self.region.parameters), error
         best.restore()
+        self.loss_scale.tell(f"{self.block.name}: reconstruction", warnings)
+        if best is initial:
+            part = self.region.until or self.block.name
+            warnings.append(
+                f"{part}: no pass of reconstruction left less than the error of {best_error:.4g} before it; the weights "
+                "before it were kept"
+            )
 
     def _set_gradients(self, own: Tensor | None) -> None:
         """Gradients of the masters by the summed loss of one step's samples on all ranks; removed weights get none."""
+        self.loss_scale.run(lambda scale: self._gradients(own, scale))
+
+    def _gradients(self, own: Tensor | None, scale: float) -> list[Tensor]:
         region = self.region
         for parameter in region.parameters:
             parameter.requires_grad_(True)
@@ -176,10 +203,15 @@ class _Training:
             device = next(self.block.module.parameters()).device
             with torch.enable_grad(), product_type(device, self.config.reconstruct_compute):
                 output = self.block(self.hidden[own], region.until)
-                loss = output_error(output, region.targets[own], self.config.reconstruct_loss).sum()
-                tokens = output.shape[0] * output.shape[1]
-                self.block.backward(loss, tokens=tokens, until=region.until, since=region.since)
-        self.masters.take_gradients(self.ranks, self.keep)
+                loss = scale * output_error(output, region.targets[own], self.config.reconstruct_loss).sum()
+                self.block.backward(
+                    loss,
+                    tokens=output.shape[0] * output.shape[1],
+                    with_vectors=True,
+                    until=region.until,
+                    since=region.since,
+                )
+        return self.masters.take_gradients(self.ranks, self.keep, scale)
 
     def _error(self) -> float:
         region, probe = self.region, self.probe

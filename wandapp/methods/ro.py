@@ -25,7 +25,15 @@ from wandapp.distributed import Share, even_counts
 from wandapp.kernels.column_sumsq import column_sumsq
 from wandapp.kernels.rmsprop import rmsprop_
 from wandapp.methods.base import BlockRecord, Method, output_error
-from wandapp.methods.refiner import Masters, Refinement, Refiner, linear_parameters
+from wandapp.methods.refiner import (
+    LossScale,
+    Masters,
+    Refinement,
+    Refiner,
+    block_generator,
+    linear_parameters,
+    zero_skipped_,
+)
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
 
@@ -44,7 +52,9 @@ class RegionalOptimisation(Refiner):
     def refine(self, block: DecoderBlock, hidden: Tensor, measured: Measurements, refinement: Refinement) -> None:
         if not self.method.compensates:  # the first round prunes the dense weights, with its own samples' norms
             refinement.dense.restore()
-        _Optimisation(self.scorer, block, hidden, measured).run(refinement.pattern)
+        optimisation = _Optimisation(self.scorer, block, hidden, measured)
+        optimisation.run(refinement.pattern)
+        optimisation.loss_scale.tell(f"{block.name}: regional optimisation", refinement.warnings)
 
 
 class _Optimisation:
@@ -56,12 +66,12 @@ class _Optimisation:
         assert self.config.ro_lr is not None and self.config.ro_loss is not None  # the preset's, if nobody gave any
         self.lr, self.loss = self.config.ro_lr, self.config.ro_loss
         self.parameters = linear_parameters(block)
-        self.masters = Masters(self.parameters)
+        self.masters, self.loss_scale = Masters(self.parameters), LossScale(self.parameters)
         self.mean_square = {p: torch.zeros_like(master) for p, master in self.masters.values.items()}
         self.learning_rate = {p: self._learning_rate(master, p.dtype) for p, master in self.masters.values.items()}
 
     def run(self, pattern: SparsityPattern) -> None:
-        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + self.block.index)
+        generator = block_generator(self.config.seed, self.block.index)
         for _ in range(self.config.ro_rounds):
             drawn = draw(self.measured.share, self.config.ro_samples, generator)
             self._prune(pattern, torch.cat(drawn))
@@ -81,20 +91,25 @@ class _Optimisation:
     def _step(self, samples: tuple[int | None, ...]) -> None:
         """One RMSprop step on the summed squared distance of one sample's outputs per rank; None: that rank has no more."""
         self.masters.store()
-        own = samples[self.ranks.rank]
-        if own is not None:
-            self._backward(own)
+        gradients = self.loss_scale.run(lambda scale: self._gradients(samples[self.ranks.rank], scale))
         count = sum(sample is not None for sample in samples)
-        for parameter in self.parameters:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
-            self.ranks.sum_(gradient)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             rate = self.learning_rate[parameter] * count
             rmsprop_(self.masters.values[parameter], gradient, self.mean_square[parameter], lr=rate, decay=DECAY**count)
+
+    def _gradients(self, own: int | None, scale: float) -> list[Tensor]:
+        """Each parameter's gradient, all ranks' sum; in the parameter's type, or fp32 where the loss was scaled."""
+        if own is not None:
+            self._backward(own, scale)
+        gradients = {p: torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for p in self.parameters}
+        zero_skipped_(self.block, gradients)
+        for parameter in self.parameters:
             parameter.grad = None
             parameter.requires_grad_(False)
+        return [self.ranks.sum_(g if scale == 1.0 else g.float().div_(scale)) for g in gradients.values()]
 
-    def _backward(self, sample: int) -> None:
-        """Gradients of the parameters by one sample's loss; refreshes the sample's input norms in passing."""
+    def _backward(self, sample: int, scale: float) -> None:
+        """Gradients of the parameters by one sample's scaled loss; refreshes the sample's input norms in passing."""
         refreshed: set[int] = set()
 
         def refresh_norm(view: LinearView, x: Tensor, y: Tensor | None) -> None:
@@ -109,7 +124,7 @@ class _Optimisation:
                 parameter.requires_grad_(True)
             output = self.block.watch(self.hidden[row : row + 1], refresh_norm)
             assert output is not None
-            loss = output_error(output, self.measured.outputs[row : row + 1], self.loss).sum()
+            loss = scale * output_error(output, self.measured.outputs[row : row + 1], self.loss).sum()
             self.block.backward(loss, tokens=output.shape[1])
 
     def _learning_rate(self, master: Tensor, storage: torch.dtype) -> float:
