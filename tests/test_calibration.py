@@ -405,12 +405,14 @@ def test_own_text_follows_the_models_distribution(tiny_model, tiny_tokenizer, ti
     )
 
 
-def test_own_text_draws_tokens_as_often_as_the_model_says(tiny_model, tiny_tokenizer):
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_own_text_draws_tokens_as_often_as_the_model_says(tiny_model, tiny_tokenizer, temperature):
     model, _ = tiny_model("llama")
     model.lm_head.weight.data *= 3  # some tokens are frequent, most are rare
-    second = load_calibration("self", tiny_tokenizer(), samples=8192, seq_len=2, model=model).tokens[:, 1]
+    options = dict(samples=8192, seq_len=2, temperature=temperature, model=model)
+    second = load_calibration("self", tiny_tokenizer(), **options).tokens[:, 1]
     with torch.no_grad():
-        probability = model(torch.tensor([[256]])).logits[0, 0].double().softmax(-1)
+        probability = model(torch.tensor([[256]])).logits[0, 0].double().div(temperature).softmax(-1)
     expected, found = 8192 * probability, second.bincount(minlength=len(probability))
     assert 0.02 < probability.max() < 0.5 and probability.min() < 1e-3
     assert ((found - expected).abs() <= 5 * expected.sqrt() + 5).all()

@@ -106,8 +106,10 @@ def test_report_is_plain_json_and_names_what_was_used(tiny_model):
 def test_the_dense_model_writes_samples_of_its_own(tiny_model, tiny_tokenizer, tmp_path):
     (model, config), (twin, _) = tiny_model("llama"), tiny_model("llama")
     given, path = tokens(config), tmp_path / "used.safetensors"
-    own = load_calibration("self", tiny_tokenizer(), samples=5, seq_len=given.shape[1], seed=8, model=model).tokens
-    options = dict(method="wanda+ro", ro_rounds=1, ro_samples=2, seed=7)
+    own = load_calibration(
+        "self", tiny_tokenizer(), samples=5, seq_len=given.shape[1], seed=8, temperature=1.5, model=model
+    ).tokens
+    options = dict(method="wanda+ro", ro_rounds=1, ro_samples=2, seed=7, self_temperature=1.5)
     report = prune(model, tiny_tokenizer(), calibration=given, self_samples=5, save_calibration=str(path), **options)
     assert torch.equal(read_tokens(path), torch.cat([given, own]))
     assert (report.samples, report.self_samples) == (SAMPLES + 5, 5)

@@ -70,6 +70,7 @@ def load_calibration(
     samples: int | None = None,
     seq_len: int | None = None,
     seed: int = 0,
+    temperature: float = 1.0,
     text_field: str = "text",
     model: nn.Module | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -81,6 +82,7 @@ def load_calibration(
     tokenizer    may be None where no text is read
     samples      None: 128, or every row of given ids. Of more given rows the first `samples` are used; fewer: error
     seq_len      None: 2048, or the width of given ids. Given ids of another width: error
+    temperature  at which the model writes: its logits are divided by it
     text_field   the field that holds the text in .jsonl, .parquet and hub datasets
     model        needed by "self"; otherwise ids and seq_len are checked against what it can take
     on_progress  called with (samples written, samples) while the model writes
@@ -100,7 +102,7 @@ def load_calibration(
         check_seq_len(model, seq_len)
         generator = torch.Generator().manual_seed(seed)
         if source == "self":
-            tokens, description = _own_text(model, tokenizer, samples, seq_len, generator, on_progress)
+            tokens, description = _own_text(model, tokenizer, samples, seq_len, generator, temperature, on_progress)
         else:
             corpus = read_corpus(source, "calibration", text_field)
             tokens, description = _draw(corpus, tokenizer, samples, seq_len, generator)
@@ -218,9 +220,10 @@ def _own_text(
     samples: int,
     seq_len: int,
     generator: torch.Generator,
+    temperature: float,
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, str]:
-    """Texts at temperature 1 that start with BOS, or a random token where there is none, and run past any EOS.
+    """Texts that start with BOS, or a random token where there is none, and run past any EOS.
 
     A sample longer than OWN_TEXT_LEN holds several, one after the other.
     """
@@ -234,17 +237,17 @@ def _own_text(
         start.fill_(bos)
     texts = []
     for batch in start.split(OWN_TEXT_BATCH):
-        texts.append(_continue(model, batch, length, generator))
+        texts.append(_continue(model, batch, length, generator, temperature))
         if on_progress:
             on_progress(sum(map(len, texts)) // pieces, samples)
     first = "a random token" if bos is None else "BOS"
-    how = f"self: {samples} samples of {seq_len} tokens sampled from the model at temperature 1, {first} first"
+    how = f"self: {samples} samples of {seq_len} tokens sampled from the model at temperature {temperature:g}, {first} first"
     if pieces > 1:
         how += f", begun anew every {length} tokens"
     return torch.cat(texts).view(samples, -1)[:, :seq_len].contiguous(), how
 
 
-def _continue(model: nn.Module, tokens: Tensor, seq_len: int, generator: torch.Generator) -> Tensor:
+def _continue(model: nn.Module, tokens: Tensor, seq_len: int, generator: torch.Generator, temperature: float) -> Tensor:
     """`tokens` [batch, 1] sampled on to seq_len. model.generate would obey the checkpoint's top-k and penalties."""
     device, cache = model.get_input_embeddings().weight.device, None
     with inference(model):
@@ -252,7 +255,7 @@ def _continue(model: nn.Module, tokens: Tensor, seq_len: int, generator: torch.G
             output = model(tokens[:, -1:].to(device), past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             # Inverse of the distribution function at a uniform number: a sixth of torch.multinomial's time on a CPU.
-            below = output.logits[:, -1].float().softmax(-1).cumsum(-1)
+            below = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)
             if not below[:, -1].isfinite().all():
                 raise WandappError(
                     "the model cannot write calibration text: its output is NaN or Inf; use a wider --dtype"

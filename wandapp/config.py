@@ -87,6 +87,13 @@ class PruneConfig(Options):
         description="more samples, which the dense model writes itself before it is pruned (arXiv:2410.17170); default: the "
         "preset's",
     )
+    self_temperature: float | None = Field(
+        None,
+        ge=0.1,
+        le=10,
+        description="temperature at which the model writes samples, for self_samples and for calibration self; above 1 rare "
+        "tokens come more often; default: the preset's",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random choice")
     text_field: str = Field("text", description="name of the text column in .jsonl, .parquet and hub datasets")
     save_calibration: str | None = Field(None, description=".safetensors or .npy file for the tokens that were used")
@@ -290,6 +297,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_loss": "frobenius",
         "tune_passes": 0,
         "self_samples": 0,
+        "self_temperature": 1.0,
         "permute": False,
         "allocate": "uniform",
         "reconstruct_compute": "storage",
@@ -303,6 +311,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ro_loss": "token",
         "tune_passes": 0,
         "self_samples": 0,
+        "self_temperature": 1.0,
         "permute": False,
         "allocate": "uniform",
         "reconstruct_compute": "storage",
@@ -312,6 +321,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 PRESETS["best"] = PRESETS["robust"] | {
     "method": "wanda+ro+reconstruct",
     "self_samples": 64,
+    "self_temperature": 1.3,
     "permute": True,
     "allocate": "error",
     "reconstruct_compute": "auto",

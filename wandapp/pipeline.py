@@ -119,6 +119,7 @@ def _calibrate(
         samples=config.samples,
         seq_len=config.seq_len,
         seed=config.seed,
+        temperature=config.self_temperature or 1.0,
         text_field=config.text_field,
         model=model,
     )
@@ -132,7 +133,13 @@ def _own_text(store: ModelStore, tokenizer: Any | None, config: PruneConfig, seq
     try:
         with store.whole_model() as model:
             own = load_calibration(
-                "self", tokenizer, samples=config.self_samples, seq_len=seq_len, seed=config.seed + 1, model=model
+                "self",
+                tokenizer,
+                samples=config.self_samples,
+                seq_len=seq_len,
+                seed=config.seed + 1,
+                temperature=config.self_temperature or 1.0,
+                model=model,
             )
     except torch.OutOfMemoryError:
         raise WandappError(
@@ -148,7 +155,7 @@ def _own_text(store: ModelStore, tokenizer: Any | None, config: PruneConfig, seq
 def _origin(config: PruneConfig, seq_len: int) -> str:
     """Tells what this model writes with these options from what another run may have left."""
     source = [fingerprint(path).model_dump() for path in source_files(config.source)]
-    what = [source, config.dtype, config.self_samples, seq_len, config.seed, versions()]
+    what = [source, config.dtype, config.self_samples, config.self_temperature, seq_len, config.seed, versions()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 

@@ -220,10 +220,12 @@ def shared_keys(recipe: PruneConfig) -> list[str]:
 
 
 def calibration_key(recipe: PruneConfig) -> str:
-    """Hash of what determines a job's calibration tokens; "self" is written by the model, in its type."""
+    """Hash of what determines a job's calibration tokens; "self" is written by the model, in its type, at a temperature."""
     names = ("model", "calibration", "samples", "seq_len", "seed", "text_field")
     options = {name: getattr(recipe, name) for name in names}
-    return _hash(options | ({"dtype": recipe.dtype} if recipe.calibration == "self" else {}))
+    if recipe.calibration == "self":
+        options |= {"dtype": recipe.dtype, "temperature": recipe.resolved().self_temperature}
+    return _hash(options)
 
 
 class Results:

@@ -83,6 +83,7 @@ def _with_shared_tokens(sweep: Sweep, recipe: PruneConfig, output: Output) -> Pr
                 load_model(recipe.source, dtype=recipe.dtype) if writes else (None, tokenizer_of(recipe.source))
             )
             options = {name: getattr(recipe, name) for name in ("samples", "seq_len", "seed", "text_field")}
+            options["temperature"] = recipe.resolved().self_temperature
             drawn = load_calibration(recipe.calibration, tokenizer, model=model, **options)
             save_tokens(drawn.tokens, path, origin=drawn.description)
     return PruneConfig(**recipe.model_dump() | {"calibration": str(path)})
