@@ -29,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--patterns", nargs="+", default=["0.5", "2:4"], help="one panel each")
     parser.add_argument("--gflops", type=float, default=150, help="rate for the axis of minutes [two CPU cores: 150]")
     usual = ["magnitude", "sparsegpt+ro", "wanda+ro", "wanda@allocate=*", "*@reconstruct_*", "*best,self_samples=0,*"]
+    usual += ["*self_temperature=1", "sparsegpt@self_samples=*"]
     parser.add_argument("--leave-out", nargs="*", default=usual, help="methods, with * for any characters")
     parser.add_argument("--out", type=Path, required=True, help=".svg or .png")
     return parser.parse_args()
