@@ -184,6 +184,20 @@ def test_experts_without_tokens_and_one_sample(tiny_model):
         assert report.zeros == int(0.6 * report.weights)
 
 
+@pytest.mark.parametrize("allocate", ["owl", "error"])
+def test_a_block_that_stays_dense_has_no_part_in_it(llama, allocate):
+    options = dict(calibration=tokens(), sparsity=0.6, allocate=allocate)
+    whole = prune(copy.deepcopy(llama), **options).allocation
+    report = prune(llama, skip=(r"layers\.0\.",), **options)
+    assert list(report.allocation) == ["model.layers.1", "model.layers.2"]
+    assert report.zeros == int(0.6 * report.weights)
+    first, second = report.allocation.values()
+    assert (first + second) / 2 == pytest.approx(0.6)
+    if allocate == "owl":  # of two blocks one has d = 0, the other d = 1
+        assert abs(first - second) == pytest.approx(2 * 0.08)
+    assert (first < second) == (whole["model.layers.1"] < whole["model.layers.2"])
+
+
 @pytest.mark.parametrize(
     "options, told",
     [

@@ -4,6 +4,7 @@ import pytest
 
 from wandapp import PruneConfig, WandappError
 from wandapp.config import PRESETS
+from wandapp.job import resolved as resolved_for
 from wandapp.methods import unread
 
 
@@ -49,7 +50,10 @@ def test_bad_option_is_refused_in_one_sentence(options, said):
 
 def test_a_streamed_model_cannot_run_as_a_whole():
     assert PruneConfig(preset="best").resolved().self_samples == 64
-    assert PruneConfig(preset="best", stream=True).resolved().self_samples == 0
+    said = []
+    streamed = resolved_for(PruneConfig(preset="best", stream=True).resolved(), True, said.append)
+    assert (streamed.self_samples, streamed.tune_passes) == (0, 0)
+    assert len(said) == 1 and "is streamed, so this run is without --self-samples 64" in said[0]
     for option in ("self_samples", "tune_passes"):
         with pytest.raises(
             WandappError, match=f"{option} 8: the whole model must be in memory for that; use --no-stream"

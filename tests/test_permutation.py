@@ -99,6 +99,39 @@ def test_models_stored_in_16_bits_pass_the_same_test(tiny_model, monkeypatch, fa
     assert [len(block.kept) for block in done] == [PERMUTED.get(family, 2)] and not done[0].skipped
 
 
+class WithNorm(nn.Module):
+    """A map behind a norm of its inputs, as BitNet has them."""
+
+    def __init__(self, inner: nn.Module, weight: Tensor):
+        super().__init__()
+        self.inner, self.norm = inner, nn.Parameter(weight)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.inner.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * self.norm)
+
+
+@pytest.mark.parametrize("centre", [1.0, 0.0])
+def test_a_norm_between_two_maps_is_noticed_however_flat(tiny_model, monkeypatch, centre):
+    """In bfloat16 its channels differ by less than the test of a fold can see."""
+    monkeypatch.setattr(permutation, "best_order", shuffled)
+    dense = tiny_model("llama", num_hidden_layers=1)[0].to(torch.bfloat16)
+    mlp = dense.model.layers[0].mlp
+    flat = 1 + 0.01 * torch.randn(mlp.down_proj.in_features, generator=torch.Generator().manual_seed(0))
+    mlp.down_proj = WithNorm(mlp.down_proj, flat.to(torch.bfloat16))
+    if centre == 0.0:  # as Gemma counts
+        mlp.down_proj.norm.data -= 1
+        mlp.down_proj.forward = lambda x: mlp.down_proj.inner(x * (1 + mlp.down_proj.norm))
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    (done,) = permuted(dense)
+    assert any("down_proj" in name for name in done.skipped) and len(done.kept) == 1
+    changed = [name for name, value in dense.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed and not any("mlp" in name or "norm" in name for name in changed)
+
+
 def test_grouped_queries_share_the_order_of_their_values(tiny_model):
     """Four query heads of sixteen channels, two heads of values: the columns of o move alike in both heads of a pair."""
     model = tiny_model("llama")[0]

@@ -137,7 +137,7 @@ def test_a_model_that_does_not_fit_the_device_to_write_says_so(tiny_model, monke
 
     monkeypatch.setattr(model, "to", move)
     with pytest.raises(WandappError, match="does not fit cuda to write .*; use --self-samples 0"):
-        _own_text(store, None, PruneConfig(self_samples=1), 8)
+        _own_text(store, None, PruneConfig(self_samples=1), 1, 8, 0)
     assert moved == ["cuda", "cpu"]
 
 

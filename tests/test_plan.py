@@ -6,12 +6,15 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from wandapp import save_pruned
+from wandapp.calibration import save_tokens
 from wandapp.config import PruneConfig
 from wandapp.errors import WandappError
 from wandapp.pipeline import prune
 from wandapp.plan import plan_run
+from wandapp.store import attention_flops_per_token, query_heads
 
 SAMPLES, SEQ_LEN = 4, 32
 
@@ -48,6 +51,57 @@ def test_planned_arithmetic_is_what_the_run_counts(options, checkpoint):
     report = prune(copy.deepcopy(model), calibration=tokens, **options)
     within = 0.2 if "reconstruct_region" not in options else 0.05
     assert plan.flops == pytest.approx(report.flops, rel=within)
+
+
+def test_skipped_maps_run_but_are_not_pruned(checkpoint):
+    model, folder = checkpoint
+    options = {"method": "sparsegpt", "skip": ("mlp", r"layers\.0\.")}
+    common = dict(model=str(folder), samples=SAMPLES, seq_len=SEQ_LEN, calibration="pydoc")
+    plan, whole = plan_run(PruneConfig(**common, **options)), plan_run(PruneConfig(**common, method="sparsegpt"))
+    assert plan.parts["method"] < whole.parts["method"] and plan.parts["weights"] == whole.parts["weights"]
+    tokens = torch.randint(0, 250, (SAMPLES, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    report = prune(copy.deepcopy(model), calibration=tokens, **options)
+    assert report.flops <= plan.flops * 1.2 < whole.flops * 1.2  # the first block has nothing to solve
+
+
+def test_what_the_model_writes_is_planned_whoever_asked_for_it(checkpoint):
+    _, folder = checkpoint
+    common = dict(model=str(folder), samples=64, seq_len=SEQ_LEN)
+    given, own = (plan_run(PruneConfig(**common, calibration=source)) for source in ("pydoc", "self"))
+    more = plan_run(PruneConfig(**common | {"samples": 1}, calibration="pydoc", self_samples=63))
+    assert own.flops > given.flops and own.samples == more.samples == 64
+    assert own.peak_bytes == pytest.approx(more.peak_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"skip": ("nosuch",)}, "matches no linear map"),
+        ({"skip": (".",)}, "leaves no linear map to prune"),
+        ({"sparsity": "1:3"}, "1:3"),
+        ({"calibration": "self", "stream": True}, "'self' lets the whole model write"),
+        ({"sparsity": 0.5, "method": "wanda-cumulative", "preset": "best"}, "which wanda-cumulative does not"),
+    ],
+)
+def test_what_the_run_refuses_the_plan_does(options, told, checkpoint):
+    with pytest.raises(WandappError, match=told):
+        plan_run(PruneConfig(model=str(checkpoint[1]), **{"calibration": "pydoc"} | options))
+
+
+def test_more_samples_than_a_token_file_has_are_not_planned(checkpoint, tmp_path):
+    save_tokens(torch.zeros(4, 8, dtype=torch.int64), tmp_path / "four.safetensors")
+    common = dict(model=str(checkpoint[1]), calibration=str(tmp_path / "four.safetensors"))
+    assert plan_run(PruneConfig(**common)).samples == 4
+    with pytest.raises(WandappError, match="holds 4 samples x 8 tokens, got --samples 9"):
+        plan_run(PruneConfig(**common, samples=9))
+
+
+@pytest.mark.parametrize("family", ["gpt_neo", "mpt", "gpt2", "llama"])
+def test_heads_are_counted_under_whatever_name_a_family_gives_them(family):
+    names = {"gpt_neo": ("num_heads", "hidden_size"), "mpt": ("n_heads", "d_model"), "gpt2": ("n_head", "n_embd")}
+    heads, hidden = names.get(family, ("num_attention_heads", "hidden_size"))
+    config = AutoConfig.for_model(family, **{heads: 4, hidden: 64})
+    assert query_heads(config) == 4 and attention_flops_per_token(config, 10) == 4 * 10 * 64
 
 
 def test_tuning_needs_logits_of_two_models(checkpoint):

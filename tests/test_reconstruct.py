@@ -309,6 +309,16 @@ def test_parts_in_which_nothing_is_pruned_are_no_trouble(tiny_model, family, ski
     assert report.blocks[1].error < report.blocks[1].error_before
 
 
+@pytest.mark.parametrize("sparsity", ["2:4", "0.5"])
+def test_the_best_preset_passes_by_a_block_that_stays_dense(tiny_model, sparsity):
+    model, dense = tiny_model("llama")[0], tiny_model("llama")[0]
+    options = dict(preset="best", self_samples=2, ro_rounds=1, ro_samples=2, reconstruct_passes=1)
+    report = prune(model, "wanda+ro+reconstruct", sparsity=sparsity, skip=(r"layers\.0\.",), **options)
+    assert report.zeros == report.weights // 2 and report.blocks[0].weights == 0
+    first, before = model.model.layers[0], dense.model.layers[0]
+    assert torch.equal(first.mlp.down_proj.weight, before.mlp.down_proj.weight)
+
+
 @pytest.mark.parametrize("method", ["wanda+ro", "wanda+reconstruct"])
 def test_an_expert_that_is_skipped_stays_as_it_is(tiny_model, method):
     model, dense = tiny_model("mixtral")[0], tiny_model("mixtral")[0]

@@ -172,6 +172,40 @@ def test_a_streamed_model_writes_nothing_and_says_so(recipe, monkeypatch):
     assert sum("is streamed, so this run is without --self-samples 3 and --tune-passes 1" in line for line in said) == 1
 
 
+@pytest.mark.parametrize("first", [1, 2**62])
+def test_a_run_that_goes_on_streams_as_before_whatever_memory_is_free(recipe, monkeypatch, first):
+    config, free = recipe(self_samples=3), [first]
+    monkeypatch.setattr("wandapp.job.free_bytes", lambda: free[0])
+    interrupt(config, 2)
+    free[0] = 2**62 if first == 1 else 1
+    report = prune_checkpoint(config, resume=True)
+    assert report.self_samples == (0 if first == 1 else 3)
+    said = []
+    prune_checkpoint(config, resume=True, say=said.append)
+    assert "is complete; there is nothing to resume" in said[-1]
+
+
+def test_calibration_that_the_model_wrote_is_not_written_again(recipe, monkeypatch):
+    config = recipe(calibration="self", samples=4, seq_len=24)
+    interrupt(config, 1)
+    monkeypatch.setattr("wandapp.calibration._continue", None)
+    report = prune_checkpoint(config, resume=True)
+    assert (report.samples, report.self_samples) == (4, 4) and report.calibration.startswith("self: 4 samples")
+
+
+def test_a_block_is_not_pruned_anew_behind_tuned_ones(recipe, tmp_path, monkeypatch):
+    tokens = torch.randint(0, 250, (48, 24), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": tokens}, tmp_path / "more.safetensors")
+    options = dict(calibration=str(tmp_path / "more.safetensors"), tune_passes=2, tune_lr=0.003, dtype="float32")
+    config = recipe(**options)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(RunFolder, "finish", lambda *_: (_ for _ in ()).throw(Interrupted("stopped")))
+        prune_checkpoint(config)
+    next(partial_of(config.out).glob("model-00002-of-*")).unlink()
+    with pytest.raises(WandappError, match="layers.0 is tuned already, so block 1, .*; delete .* to start over"):
+        prune_checkpoint(config, resume=True)
+
+
 @pytest.mark.parametrize("moment", ["while blocks are pruned", "before tuning", "while it is written back"])
 def test_a_tuned_run_stopped_and_resumed_writes_the_same_bytes(moment, recipe, tmp_path, monkeypatch):
     tokens = torch.randint(0, 250, (48, 24), generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
 from wandapp.pattern import SparsityPattern
 from wandapp.store import ModelStore
-from wandapp.tuning import _Tuning, vectors_of
+from wandapp.tuning import Tuned, _Tuning, vectors_of
 from wandapp.verify import verify_model
 
 SAMPLES, HELD_OUT = 48, 4
@@ -70,6 +70,18 @@ def test_gradients_are_those_of_the_whole_models_divergence(tiny_model, family):
                 expected = expected if bias is None else expected + bias.detach() * bias.grad
             torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5, msg=name)
     assert len(tuning.gains) == len(views) and tuning.named
+
+
+def test_what_is_kept_stays_so_where_a_gain_would_round_it_to_zero(tiny_model):
+    model = tiny_model("llama")[0].to(torch.float16)
+    store = ModelStore(model.eval(), SparsityPattern.parse("2:4"), device=torch.device("cpu"))
+    store.record(tokens_of(4), 4)
+    with torch.no_grad(), store.open_block(0) as block:
+        view = next(iter(block.linears.values()))
+        view.weight[0, :4] = torch.tensor([6e-8, 0.0, -6e-8, 1.0])
+        Tuned(1.0, 0.5, {view.name: torch.full((len(view.weight),), 0.5)}, vectors_of(block)).apply(block)
+        smallest = 2.0**-24
+        assert view.weight[0, :4].tolist() == [smallest, 0.0, -smallest, 0.5]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon", "gpt_neox", "mixtral"])

@@ -47,27 +47,25 @@ class Allocation(NamedTuple):
 def allocate(store: BlockStore, method: Method, config: PruneConfig, hidden: Tensor) -> Allocation:
     """Each block's sparsity, from the dense blocks in `store`; hidden [samples, seq_len, hidden_size], this rank's samples.
 
-    Costs a forward of SAMPLES samples, with "error" two more; nothing in `store` or `hidden` is changed.
+    Costs a forward of SAMPLES samples, with "error" two more; nothing in `store` or `hidden` is changed. Blocks of which
+    nothing is pruned have no part in it.
     """
-    if not method.scorer.is_exact:
-        raise WandappError(
-            f"--allocate {config.allocate} counts out every zero, which {config.method} does not; use --allocate uniform"
-        )
     target, flops = config.pattern.sparsity, 0.0
     hidden = _leading(hidden, store.batch_size, method.ranks)
     assert config.allocate is not None  # the preset's, if nobody gave any
     read, spread = RULES[config.allocate]
-    sensitivities = []
-    for index in range(len(store)):
+    sensitivities, names = [], []
+    for index, linears in enumerate(store.linears):
         with store.open_block(index) as block:
             measured = measure(block, hidden, frozenset({"column_norm"}), method.ranks)
-            sensitivities.append(read(block, hidden, measured, config, method.ranks))
+            if linears:  # else all of the block stays dense
+                sensitivities.append(read(block, hidden, measured, config, method.ranks))
+                names.append(block.name)
             hidden = measured.outputs
             flops += block.flops
-    shapes = [{view.name: view.weight.numel() for view in linears.values()} for linears in store.linears]
+    shapes = [{view.name: view.weight.numel() for view in linears.values()} for linears in store.linears if linears]
     weights = [sum(sizes.values()) for sizes in shapes]
     sparsities = spread(sensitivities, weights, target, config.allocate_spread)
-    names = [f"{store.prefix}.{index}" for index in range(len(store))]
     return Allocation(counted(target, shapes, sparsities), dict(zip(names, sparsities, strict=True)), flops)
 
 

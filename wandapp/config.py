@@ -218,12 +218,16 @@ class PruneConfig(Options):
         return min(MOST_PASSES, max(FEWEST_PASSES, round(RECONSTRUCT_STEPS / samples)))
 
     def resolved(self) -> "PruneConfig":
-        """The same with every open option filled in from the preset, and the method if none was named."""
+        """The same with every open option filled in from the preset, and the method if none was named.
+
+        Where blocks are streamed, WHOLE_MODEL options stay open: `job.resolved` says what the run is without.
+        """
         values = dict(PRESETS[self.preset])
         values |= (
             {"allocate": "uniform"} if self.pattern.is_structured else {"permute": False}
         )  # cannot serve the pattern
-        values |= dict.fromkeys(WHOLE_MODEL, 0) if self.stream else {}
+        if self.stream:
+            values = {name: value for name, value in values.items() if name not in WHOLE_MODEL}
         named = "method" in self.model_fields_set or "method" not in values
         return (self if named else self.model_copy(update={"method": values["method"]})).with_values(values)
 

@@ -12,6 +12,7 @@ renamed. What fails is undone, bit for bit, and said.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from wandapp.blocks import DecoderBlock, LinearView
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # some ten roundings of a channel's norm
+LEAST_SCALE = 0.25  # of what is added to a norm's weight: some count from one, and are near zero themselves
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,28 @@ class Trace:
     def reads_alone(self, name: str) -> bool:
         """Whether no other map reads this map's input."""
         return sum(x is self._given[name] for x in self._given.values()) == 1
+
+
+@contextmanager
+def uneven_norms(block: DecoderBlock) -> Iterator[None]:
+    """While it lasts, the block's vectors but for its maps' biases differ from channel to channel.
+
+    One that stands between two maps and does not move along, such as a norm's weight, is the more noticed for it: as trained
+    it may be flat to within the rounding of 16 bits.
+    """
+    moving = [bias_of(block.module, view) for view in block.all_linears.values()]
+    places = {bias.data_ptr() for bias in moving if bias is not None}
+    vectors = [p.data for p in block.module.parameters() if p.dim() == 1 and p.data_ptr() not in places]
+    values = [vector.clone() for vector in vectors]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for vector in vectors:
+            scale = max(vector.float().square().mean().sqrt().item(), LEAST_SCALE)
+            vector += (scale * (0.5 + torch.rand(len(vector), generator=generator))).to(vector)
+        yield
+    finally:
+        for vector, value in zip(vectors, values, strict=True):
+            vector.copy_(value)
 
 
 def candidates(block: DecoderBlock, trace: Trace, width: int) -> list[str]:

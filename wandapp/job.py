@@ -12,7 +12,7 @@ from torch import nn
 from wandapp import methods
 from wandapp.card import model_card
 from wandapp.checkpoint import Checkpoint
-from wandapp.config import WHOLE_MODEL, PruneConfig
+from wandapp.config import PRESETS, WHOLE_MODEL, PruneConfig
 from wandapp.devices import resolve_device, resolve_dtype
 from wandapp.distributed import Ranks, join
 from wandapp.errors import Interrupted, WandappError
@@ -23,7 +23,7 @@ from wandapp.memory import free_bytes
 from wandapp.models import load_model, load_skeleton, save_companions
 from wandapp.pipeline import prune_store
 from wandapp.report import Progress, PruneReport, block_figures, json_ready
-from wandapp.run_folder import RunFolder
+from wandapp.run_folder import RunFolder, earlier_recipe
 from wandapp.shard_store import ShardStore
 from wandapp.stop import Stoppable
 from wandapp.store import ModelStore
@@ -50,7 +50,9 @@ def prune_checkpoint(
     _ = config.source, config.target  # refused before anything else where one is missing
     methods.resolve(config.resolved().method)
     with join(resolve_device(config.device)) as ranks:
-        is_streamed = any(ranks.gather(streams(config, say)))  # by all ranks, if one is short of memory
+        is_streamed = ranks.first(lambda: _streamed_before(config) if resume else None)
+        if is_streamed is None:
+            is_streamed = any(ranks.gather(streams(config, say)))  # by all ranks, if one is short of memory
         config = resolved(config, is_streamed, say)
         run = RunFolder(config, resume=resume, ranks=ranks)
         if ranks.first(lambda: resume and run.is_complete()):
@@ -103,8 +105,6 @@ def _open(
         say(f"loading {config.model}")
         model, tokenizer = load_model(config.source, dtype=config.dtype)
         return ModelStore(model, config.pattern, **options), tokenizer
-    if config.calibration == "self":
-        raise WandappError("calibration 'self' lets the whole model write; use --no-stream, or another --calibration")
     folder = _as_safetensors(config, run, ranks, say)
     try:
         checkpoint = Checkpoint(folder, dtype=config.dtype)
@@ -129,12 +129,23 @@ def _as_safetensors(config: PruneConfig, run: RunFolder, ranks: Ranks, say: Call
 def resolved(config: PruneConfig, is_streamed: bool, say: Callable[[str], None] = lambda text: None) -> PruneConfig:
     """`config.resolved()`, without what would run the model as a whole where it will not be in memory as one."""
     config = config.resolved()
-    left_out = {name: getattr(config, name) for name in WHOLE_MODEL if getattr(config, name)}
-    if not left_out or not is_streamed:
-        return config
-    named = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in left_out.items())
-    say(f"{config.model} is streamed, so this run is without {named}")
-    return config.model_copy(update=dict.fromkeys(left_out, 0))
+    if config.calibration == "self" and is_streamed:
+        raise WandappError("calibration 'self' lets the whole model write; use --no-stream, or another --calibration")
+    wanted = {name: getattr(config, name) for name in WHOLE_MODEL}
+    wanted = {name: PRESETS[config.preset][name] if value is None else value for name, value in wanted.items()}
+    named = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in wanted.items() if value)
+    if not named:
+        return config.model_copy(update=wanted)
+    if is_streamed:
+        say(f"{config.model} is streamed, so this run is without {named}")
+        wanted = dict.fromkeys(wanted, 0)
+    return config.model_copy(update=wanted | {"stream": is_streamed})  # a run that goes on decides alike
+
+
+def _streamed_before(config: PruneConfig) -> bool | None:
+    """What an earlier run into the same folder noted, where it mattered: the memory that was free then may have decided it."""
+    noted = earlier_recipe(config.target) if config.stream is None else None
+    return None if noted is None else noted.stream
 
 
 def streams(config: PruneConfig, say: Callable[[str], None] = lambda text: None) -> bool:

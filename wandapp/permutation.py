@@ -14,7 +14,7 @@ from torch import Tensor
 from wandapp.blocks import DecoderBlock, LinearView
 from wandapp.channel_order import best_order
 from wandapp.distributed import Ranks
-from wandapp.folding import Fold, Trace, candidates, expert_fold, holds, proposals
+from wandapp.folding import Fold, Trace, candidates, expert_fold, holds, proposals, uneven_norms
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
 
@@ -66,10 +66,12 @@ class _Search:
         self.done = Permutation()
 
     def run(self) -> tuple[list[tuple[Fold, Tensor]], Permutation]:
-        trace, linears = Trace(self.block, self.sample), self.block.linears
-        found = candidates(self.block, trace, self.sample.shape[-1])
-        for parameter in dict.fromkeys(linears[name].parameter for name in found):
-            trace = self._permute([name for name, view in linears.items() if view.parameter is parameter], trace)
+        linears = self.block.linears
+        with uneven_norms(self.block):
+            trace = Trace(self.block, self.sample)
+            found = candidates(self.block, trace, self.sample.shape[-1])
+            for parameter in dict.fromkeys(linears[name].parameter for name in found):
+                trace = self._permute([name for name, view in linears.items() if view.parameter is parameter], trace)
         return self.renamed, self.done
 
     def _permute(self, consumers: list[str], trace: Trace) -> Trace:

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from wandapp import methods
 from wandapp.allocation import allocate
 from wandapp.blocks import DecoderBlock
-from wandapp.calibration import Calibration, kept_calibration, load_calibration, save_tokens
+from wandapp.calibration import (
+    DEFAULT_SAMPLES,
+    DEFAULT_SEQ_LEN,
+    Calibration,
+    kept_calibration,
+    load_calibration,
+    save_tokens,
+)
 from wandapp.config import PruneConfig
 from wandapp.devices import resolve_device
 from wandapp.distributed import RankError, Ranks
@@ -76,12 +83,7 @@ def prune_store(
     ranks, model, device = ranks or Ranks(), store.model, store.device
     method = methods.create(config, ranks)
     clock = _Clock({})
-    calibrated = ranks.first(lambda: _calibrate(calibration, tokenizer, config, model))
-    own = config.self_samples if method.reads_samples else 0
-    if own:
-        with clock("own text"):
-            seq_len = calibrated.tokens.shape[1]
-            calibrated = calibrated.followed_by(ranks.first(lambda: _own_text(store, tokenizer, config, seq_len)))
+    calibrated, own = _calibrate(store, tokenizer, config, calibration, method, clock)
     if config.save_calibration:
         ranks.first(lambda: save_tokens(calibrated.tokens, config.save_calibration, calibrated.description))
     tokens = calibrated.tokens if method.reads_samples else calibrated.tokens[:1]  # others only probe the error
@@ -111,23 +113,50 @@ def prune_store(
 
 
 def _calibrate(
-    calibration: str | Tensor | None, tokenizer: Any | None, config: PruneConfig, model: nn.Module
+    store: ModelStore,
+    tokenizer: Any | None,
+    config: PruneConfig,
+    calibration: str | Tensor | None,
+    method: Method,
+    clock: "_Clock",
+) -> tuple[Calibration, int]:
+    """The samples, and how many of them the dense model wrote."""
+    ranks = method.ranks
+
+    def write(samples: int, seq_len: int, seed: int) -> Calibration:
+        with clock("own text"):
+            return ranks.first(lambda: _own_text(store, tokenizer, config, samples, seq_len, seed))
+
+    source = calibration if isinstance(calibration, Tensor) else config.calibration
+    if isinstance(source, str) and source == "self":
+        own = config.samples or DEFAULT_SAMPLES if method.reads_samples else 1
+        calibrated = write(own, config.seq_len or DEFAULT_SEQ_LEN, config.seed)
+    else:
+        own = 0
+        calibrated = ranks.first(
+            lambda: load_calibration(
+                source,
+                tokenizer,
+                samples=config.samples,
+                seq_len=config.seq_len,
+                seed=config.seed,
+                text_field=config.text_field,
+                model=store.model,
+            )
+        )
+    more = config.self_samples or 0
+    if not more or not method.reads_samples:
+        return calibrated, own
+    return calibrated.followed_by(write(more, calibrated.tokens.shape[1], config.seed + 1)), own + more
+
+
+def _own_text(
+    store: ModelStore, tokenizer: Any | None, config: PruneConfig, samples: int, seq_len: int, seed: int
 ) -> Calibration:
-    return load_calibration(
-        calibration if isinstance(calibration, Tensor) else config.calibration,
-        tokenizer,
-        samples=config.samples,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        temperature=config.self_temperature or 1.0,
-        text_field=config.text_field,
-        model=model,
-    )
-
-
-def _own_text(store: ModelStore, tokenizer: Any | None, config: PruneConfig, seq_len: int) -> Calibration:
     """Samples that the dense model writes. A run that goes on reads those that it wrote when it began."""
-    kept = store.run.scratch("own-text") / f"{_origin(config, seq_len)}.safetensors" if store.run else None
+    kept = None
+    if store.run:
+        kept = store.run.scratch("own-text") / f"{_origin(config, samples, seq_len, seed)}.safetensors"
     if kept and kept.exists():
         return kept_calibration(kept)
     try:
@@ -135,15 +164,16 @@ def _own_text(store: ModelStore, tokenizer: Any | None, config: PruneConfig, seq
             own = load_calibration(
                 "self",
                 tokenizer,
-                samples=config.self_samples,
+                samples=samples,
                 seq_len=seq_len,
-                seed=config.seed + 1,
+                seed=seed,
                 temperature=config.self_temperature or 1.0,
                 model=model,
             )
     except torch.OutOfMemoryError:
+        way_out = "another --calibration" if config.calibration == "self" else "--self-samples 0"
         raise WandappError(
-            f"the whole model does not fit {store.device} to write samples for its own calibration; use --self-samples 0"
+            f"the whole model does not fit {store.device} to write samples for its own calibration; use {way_out}"
         ) from None
     if kept:
         with store.run.disk("cannot be written"):
@@ -152,10 +182,10 @@ def _own_text(store: ModelStore, tokenizer: Any | None, config: PruneConfig, seq
     return own
 
 
-def _origin(config: PruneConfig, seq_len: int) -> str:
+def _origin(config: PruneConfig, samples: int, seq_len: int, seed: int) -> str:
     """Tells what this model writes with these options from what another run may have left."""
     source = [fingerprint(path).model_dump() for path in source_files(config.source)]
-    what = [source, config.dtype, config.self_samples, config.self_temperature, seq_len, config.seed, versions()]
+    what = [source, config.dtype, samples, config.self_temperature, seq_len, seed, versions()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -186,6 +216,11 @@ def _run(
     for index in range(len(store)):
         rate.sample()
         record = store.finished(index)  # by an earlier run that was interrupted
+        if record is not None and record.tuned and store.done < len(store):
+            raise WandappError(
+                f"{record.name} is tuned already, so block {store.done}, which is missing behind it, cannot be pruned as it "
+                f"was; delete {store.run.partial} to start over"
+            )
         if record is not None and dense_path is not None:
             with store.open_block(index) as block, clock("dense path"):
                 block.run_(dense_path)

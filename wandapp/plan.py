@@ -25,14 +25,15 @@ from torch import nn
 
 from wandapp import methods
 from wandapp.allocation import SAMPLES as ALLOCATION_SAMPLES
-from wandapp.blocks import LinearView, find_blocks, find_linears, sub_module
+from wandapp.blocks import LinearView, find_blocks, sub_module
 from wandapp.calibration import (
     DEFAULT_SAMPLES,
     DEFAULT_SEQ_LEN,
     OWN_TEXT_BATCH,
     OWN_TEXT_LEN,
+    check_seq_len,
     is_token_file,
-    read_tokens,
+    load_calibration,
 )
 from wandapp.config import PruneConfig
 from wandapp.devices import resolve_device
@@ -43,7 +44,7 @@ from wandapp.methods.base import ERROR_SAMPLES
 from wandapp.methods.second_order import SecondOrder
 from wandapp.pipeline import auto_batch_size
 from wandapp.report import MachineRate
-from wandapp.store import attention_flops_per_token, key_value_width
+from wandapp.store import ModelStore, attention_flops_per_token, key_value_width
 
 LATER_BYTES = 60 << 20  # thread pools, kernels and code pages that the first products bring in; an estimate
 SLOWER_THAN_MATMUL = 1.6  # a run against its FLOPs at the rate of square products (README, Measured on two CPU cores)
@@ -74,15 +75,17 @@ class Plan:
 class _Sizes:
     """What the formulas read of a model on the meta device."""
 
-    def __init__(self, model: nn.Module, config: PruneConfig):
+    def __init__(self, store: ModelStore):
+        model, blocks = store.model, store.blocks
         self.itemsize = model.dtype.itemsize
-        prefix, blocks = find_blocks(model)
         self.count = len(blocks)
-        largest = max(blocks, key=_bytes)
-        self.views: list[LinearView] = list(find_linears(largest, prefix, config.skip).values())
-        self.block = _bytes(largest)
+        sizes = list(map(_bytes, blocks))
+        largest = max(range(len(blocks)), key=lambda index: (bool(store.linears[index]), sizes[index]))
+        self.views: list[LinearView] = list(store.linears[largest].values())
+        every = list(store.all_linears[largest].values())
+        self.block = max(sizes)
         self.all = _bytes(model)
-        self.outer = self.all - sum(map(_bytes, blocks))
+        self.outer = self.all - sum(sizes)
         self.weights = sum(view.weight.numel() for view in self.views)
         self.largest = max(view.weight.numel() for view in self.views)
         shared = _distinct_inputs(self.views)
@@ -91,16 +94,17 @@ class _Sizes:
         self.inputs_and_rows = shared
         self.hidden = model.config.get_text_config().hidden_size
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        self.widest = max(max(view.weight.shape) for view in self.views)
-        experts = [view for view in self.views if view.is_expert]
+        self.widest = max(max(view.weight.shape) for view in every)
+        experts = [view for view in every if view.is_expert]
         text = model.config.get_text_config()
         share = (
             getattr(text, "num_experts_per_tok", 0) / max(len({view.index for view in experts}), 1) if experts else 0
         )
-        self.met = sum(view.weight.numel() * (share if view.is_expert else 1) for view in self.views)
-        first = sub_module(self.views[0].name, prefix)
-        self.first_module = sum(view.weight.numel() for view in self.views if sub_module(view.name, prefix) == first)
-        self.crossing = sum(sum(view.weight.shape) for view in self.views if not view.is_expert)
+        self.met = sum(view.weight.numel() * (share if view.is_expert else 1) for view in every)
+        block = f"{store.prefix}.{largest}"
+        first = sub_module(every[0].name, block)
+        self.first_module = sum(view.weight.numel() for view in every if sub_module(view.name, block) == first)
+        self.crossing = sum(sum(view.weight.shape) for view in every if not view.is_expert)
 
 
 def plan_run(config: PruneConfig) -> Plan:
@@ -112,11 +116,13 @@ def plan_run(config: PruneConfig) -> Plan:
     config = resolved(config, is_streamed)
     method, device = methods.create(config, Ranks()), resolve_device(config.device)
     model = open_skeleton(config)
-    samples, seq_len = _calibration_shape(config)
-    written = (config.self_samples or 0) if method.reads_samples else 0
-    used = samples + written if method.reads_samples else 1
+    store = ModelStore(model, config.pattern, skip=config.skip, device=device)
+    given, seq_len = _calibration_shape(config, model)
+    more = (config.self_samples or 0) if method.reads_samples else 0
+    used = given + more if method.reads_samples else 1
+    written = used if config.calibration == "self" else more
     batch = min(config.batch_size or auto_batch_size(device, torch.empty(used, seq_len)), used)
-    sizes, own = _Sizes(model, config), resident_bytes() + LATER_BYTES if device.type == "cpu" else 0
+    sizes, own = _Sizes(store), resident_bytes() + LATER_BYTES if device.type == "cpu" else 0
     rate = MachineRate(device, model.dtype)
     rate.sample(repeats=4)
     parts = {
@@ -148,13 +154,15 @@ def plan_run(config: PruneConfig) -> Plan:
     )
 
 
-def _calibration_shape(config: PruneConfig) -> tuple[int, int]:
-    given = (
-        read_tokens(config.calibration).shape
-        if is_token_file(config.calibration)
-        else (DEFAULT_SAMPLES, DEFAULT_SEQ_LEN)
-    )
-    return config.samples or given[0], config.seq_len or given[1]
+def _calibration_shape(config: PruneConfig, model: nn.Module) -> tuple[int, int]:
+    if is_token_file(config.calibration):
+        given = load_calibration(
+            config.calibration, None, samples=config.samples, seq_len=config.seq_len, model=model
+        ).tokens
+        return len(given), given.shape[1]
+    seq_len = config.seq_len or DEFAULT_SEQ_LEN
+    check_seq_len(model, seq_len)
+    return config.samples or DEFAULT_SAMPLES, seq_len
 
 
 def _cache_bytes(model: nn.Module, samples: int, seq_len: int) -> int:
@@ -164,7 +172,8 @@ def _cache_bytes(model: nn.Module, samples: int, seq_len: int) -> int:
     states = 2 * len(find_blocks(model)[1]) * key_value_width(model.config)  # of one token
     one_block_again = 2 * key_value_width(model.config)
     cached = texts * length * (states + one_block_again) * model.dtype.itemsize
-    return cached + 8 * texts * model.get_input_embeddings().weight.shape[0]
+    # In fp32: the logits, their softmax, its sum over tokens, and that of the token before.
+    return cached + 16 * texts * model.get_input_embeddings().weight.shape[0]
 
 
 def _tuning_bytes(sizes: _Sizes, seq_len: int) -> int:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -216,6 +216,15 @@ class RunFolder:
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise WandappError(self._how_to_go_on(f"{self.partial}: {problem} ({reason}); ")) from error
+
+
+def earlier_recipe(target: str) -> PruneConfig | None:
+    """What an earlier run into this folder, finished or not, noted of its options; None where nothing of it can be read."""
+    for folder in (partial_of(target), Path(target)):
+        if (folder / RECIPE).is_file():
+            with suppress(WandappError):
+                return PruneConfig.from_yaml(folder / RECIPE)
+    return None
 
 
 def _what_counts(config: PruneConfig) -> dict[str, Any]:

@@ -199,20 +199,23 @@ def attention_flops_per_token(config: Any, seq_len: int) -> float:
 
 def key_value_width(config: Any) -> int:
     """Width of the keys, and of the values, that a block remembers of one token; 0 where the config gives no such number."""
-    heads = config.get_text_config().to_dict().get("num_key_value_heads") or query_heads(config)
-    return heads * _head_size(config)
+    return (_number(config, "num_key_value_heads") or query_heads(config)) * _head_size(config)
 
 
 def query_heads(config: Any) -> int:
     """Query heads of a block's attention; 0 where the config gives no such number."""
-    fields = config.get_text_config().to_dict()
-    return fields.get("num_attention_heads") or fields.get("n_head") or 0
+    return _number(config, "num_attention_heads")
 
 
 def _head_size(config: Any) -> int:
-    fields, heads = config.get_text_config().to_dict(), query_heads(config)
-    hidden = fields.get("hidden_size") or fields.get("n_embd") or 0
-    return fields.get("head_dim") or (hidden // heads if heads else 0)
+    heads = query_heads(config)
+    return _number(config, "head_dim") or (_number(config, "hidden_size") // heads if heads else 0)
+
+
+def _number(config: Any, name: str) -> int:
+    """A field of the text model's configuration by its usual name, which a family may map to its own; 0 where it has none."""
+    value = getattr(config.get_text_config(), name, None)
+    return value if isinstance(value, int) else 0
 
 
 def _without_skipped(linears: dict, skip: tuple[str, ...]) -> dict:

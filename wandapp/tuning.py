@@ -78,8 +78,9 @@ class Tuned:
         for view in block.linears.values():
             if view.name in self.gains:
                 gain = self.gains[view.name].to(view.weight.device)
-                # + 0.0: no negative zeros
-                view.weight.copy_((view.weight.float() * gain.unsqueeze(1)).to(view.weight.dtype) + 0.0)
+                scaled = (view.weight.float() * gain.unsqueeze(1)).to(view.weight.dtype)
+                # What is kept stays so, even if it underflows.
+                view.weight.copy_(torch.where(scaled == 0, view.weight, scaled))
                 bias = _bias(block, view)
                 if bias is not None:
                     bias.data.copy_(bias.data.float() * gain)

@@ -72,4 +72,8 @@ def create(config: PruneConfig, ranks: Ranks) -> Method:
     method = METHODS[name](config, ranks)
     for refiner in refiners:
         method = REFINERS[refiner](config, method)
+    if config.is_allocated and not method.scorer.is_exact:
+        raise WandappError(
+            f"--allocate {config.allocate} counts out every zero, which {config.method} does not; use --allocate uniform"
+        )
     return method

@@ -153,7 +153,7 @@ class Refiner(Method):
     ) -> None:
         dense = None if self.method.compensates or self.is_idle else Snapshot(linear_parameters(block))
         self.method.transform(block, hidden, measured, pattern, record)
-        if self.is_idle:
+        if self.is_idle or not self.parameters(block):
             return
         targets = self.targets(measured)
         probe = targets[: measured.share.leading(ERROR_SAMPLES)]
