@@ -49,8 +49,8 @@ def label_of(row: dict) -> str:
         .replace("reconstruct_", "")
         .replace(",", ", ")
     )
-    samples = "" if row["samples"] == USUAL_SAMPLES else f"{row['samples']} samples"
-    return method + "".join(f"\n{more}" if len(more) > 20 else f", {more}" for more in (options, samples) if more)
+    samples = "" if row["samples"] == USUAL_SAMPLES else f"\n{row['samples']} samples"
+    return method + (options and ("\n" if len(options) > 20 else ", ") + options) + samples
 
 
 def points_of(rows: list[dict], pattern: str, text: str) -> Points:
