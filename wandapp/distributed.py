@@ -156,6 +156,7 @@ class _Job(Ranks):
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise RankError(f"the ranks cannot meet ({reason}); start them with torchrun --nproc-per-node N") from error
+        self.sum_(torch.zeros(1))  # none goes on, and perhaps ends, while others are still on their way to it
 
     def sum_(self, tensor: Tensor) -> Tensor:
         with _lost_rank_named():
