@@ -131,8 +131,8 @@ def resolved(config: PruneConfig, is_streamed: bool, say: Callable[[str], None] 
     config = config.resolved()
     if config.calibration == "self" and is_streamed:
         raise WandappError("calibration 'self' lets the whole model write; use --no-stream, or another --calibration")
-    wanted = {name: getattr(config, name) for name in WHOLE_MODEL}
-    wanted = {name: PRESETS[config.preset][name] if value is None else value for name, value in wanted.items()}
+    given, preset = {name: getattr(config, name) for name in WHOLE_MODEL}, PRESETS[config.preset]
+    wanted = {name: preset[name] if value is None else value for name, value in given.items()}
     named = " and ".join(f"--{name.replace('_', '-')} {value}" for name, value in wanted.items() if value)
     if not named:
         return config.model_copy(update=wanted)

@@ -120,7 +120,10 @@ def _calibrate(
     method: Method,
     clock: "_Clock",
 ) -> tuple[Calibration, int]:
-    """The samples, and how many of them the dense model wrote."""
+    """The samples, token ids [samples, seq_len], alike on all ranks; and how many of them the dense model wrote.
+
+    A method that reads no samples has none written but the one that its block errors are probed with.
+    """
     ranks = method.ranks
 
     def write(samples: int, seq_len: int, seed: int) -> Calibration:
