@@ -331,9 +331,10 @@ def admm(weight: Tensor, hessian: Tensor, pattern: Pattern, stages, *, damping=0
     dead = hessian.diagonal() == 0
     weight = torch.where(dead, 0.0, weight)
     hessian = hessian + torch.diag(dead.to(hessian.dtype))
+    identity = torch.eye(len(hessian), dtype=hessian.dtype)
+    hessian = hessian + 1e-6 * hessian.diagonal().mean() * identity
     scale = hessian.diagonal().sqrt()
     h = hessian / torch.outer(scale, scale)
-    identity = torch.eye(len(h), dtype=h.dtype)
     h, w = h + damping * identity, weight * scale
 
     def keep(values: Tensor) -> Tensor:

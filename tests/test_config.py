@@ -129,8 +129,39 @@ def test_every_preset_fills_in_every_open_method_option(preset):
     assert all(getattr(resolved, name) is not None for values in PRESETS.values() for name in values)
 
 
-def test_tuning_reads_the_type_of_products():
-    assert unread("wanda", ["reconstruct_compute"]) == {"reconstruct_compute": ("reconstruct",)}
-    assert unread("wanda", ["reconstruct_compute", "reconstruct_lr", "tune_passes"]) == {
+def unread_of(**options):
+    return unread(PruneConfig(**options).resolved(), options)
+
+
+def test_options_that_a_run_does_not_read_are_known():
+    assert unread_of(reconstruct_compute="auto", tune_passes=0) == {"reconstruct_compute": ("reconstruct", "tuning")}
+    assert unread_of(reconstruct_compute="auto", reconstruct_lr=0.1, tune_passes=1) == {
         "reconstruct_lr": ("reconstruct",)
     }
+    assert unread_of(alpha=2.0, damping=0.1) == {"alpha": ("rgs", "gblm"), "damping": ("sparsegpt", "admm")}
+    assert unread_of(tune_lr=0.1, self_temperature=2.0).keys() == {"tune_lr", "self_temperature"}
+    assert not unread_of(tune_lr=0.1, tune_passes=1, self_temperature=2.0, calibration="self")
+    spread = dict(allocate_spread=0.1, owl_outlier=4.0)
+    assert unread_of(**spread).keys() == spread.keys()
+    assert unread_of(**spread, sparsity="0.6", allocate="error").keys() == {"owl_outlier"}
+    assert not unread_of(**spread, sparsity="0.6", allocate="owl")
+
+
+@pytest.mark.parametrize(
+    "first, then",
+    [
+        (dict(sparsity="2:4"), dict(preset="paper")),
+        (dict(sparsity="2:4"), dict(preset="best")),
+        (dict(preset="best", sparsity="2:4"), dict(preset="paper")),
+        (dict(preset="best", sparsity="0.5"), dict(sparsity="2:4")),
+        (dict(preset="best", sparsity="2:4"), dict(sparsity="0.5", preset="robust")),
+    ],
+)
+def test_another_preset_or_pattern_takes_back_what_the_recipe_s_own_filled_in(tmp_path, first, then):
+    kept = dict(alpha=7.0, ro_rounds=2)
+    recipe = PruneConfig(**first, **kept).resolved()
+    recipe.to_yaml(tmp_path / "recipe.yaml")
+    again = PruneConfig.from_yaml(tmp_path / "recipe.yaml", **then)
+    asked = PruneConfig(**first | kept | then | dict(method=recipe.method))
+    assert again.resolved().model_dump() == asked.resolved().model_dump()
+    assert (again.alpha, again.ro_rounds) == (7.0, 2)

@@ -42,6 +42,15 @@ def test_another_weight_anywhere_makes_another_entry(tiny_model, tmp_path, part)
     assert len(entries(tmp_path)) == 2 and not any("were read" in warning for warning in report.warnings)
 
 
+def test_another_way_to_compute_makes_another_entry(tiny_model, tmp_path):
+    model, _ = tiny_model("llama")
+    pruned(model, gblm_cache=str(tmp_path))
+    again, _ = tiny_model("llama", hidden_act="gelu")
+    again.load_state_dict(model.state_dict())
+    pruned(again, gblm_cache=str(tmp_path))
+    assert len(entries(tmp_path)) == 2
+
+
 def test_how_gradients_are_joined_makes_another_entry(tiny_model, tmp_path):
     model, _ = tiny_model("llama")
     for norm in ("l1", "l2"):

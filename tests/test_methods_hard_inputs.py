@@ -8,7 +8,10 @@ import tiny
 import torch
 from torch import Tensor
 
+from wandapp.methods.sparsegpt import solve_
+from wandapp.pattern import SparsityPattern
 from wandapp.pipeline import prune
+from wandapp.store import ModelStore
 from wandapp.verify import verify_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,20 +86,17 @@ def test_activations_that_are_not_finite_name_the_layer(llama, method, value):
         prune(llama, calibration=calibration(), method=method, sparsity="2:4")
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "magnitude",
-        "wanda",
-        "sparsegpt",
-        "admm",
-    ],
-)
-def test_weights_that_are_not_finite_name_the_layer(llama, method):
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "wanda-cumulative", "sparsegpt", "admm"])
+def test_weights_that_are_not_finite_name_layer_row_and_column(tiny_model, method, pattern):
+    model = tiny_model("llama", num_hidden_layers=2, intermediate_size=192)[0]
     with torch.no_grad():
-        oracle.decoder_blocks(llama)[1].mlp.down_proj.weight[3, 7] = float("nan")
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj"):
-        prune(llama, calibration=calibration(), method=method, sparsity="2:4")
+        oracle.decoder_blocks(model)[1].mlp.down_proj.weight[3, 140] = float(
+            "nan"
+        )  # beyond SparseGPT's first column block
+    place = "3, column 140" if method != "admm" else "3, column"  # its products spread a NaN over the row
+    with pytest.raises(ValueError, match=rf"model\.layers\.1\.mlp\.down_proj: score at row {place}"):
+        prune(model, calibration=calibration(), method=method, sparsity=pattern)
 
 
 @pytest.mark.parametrize("damping, is_enough", [(1e-7, True), (1e-12, False)])
@@ -136,6 +136,90 @@ def test_an_expert_without_tokens_is_reported(tiny_model, family, method):
     for i in range(len(oracle.decoder_blocks(dense))):
         assert any("expert" in line and f"model.layers.{i}." in line for line in report.warnings), report.warnings
     assert tested(calibration(1)).logits.isfinite().all()
+
+
+def test_an_expert_that_no_drawn_sample_reaches_is_chosen_by_all_samples(tiny_model):
+    """Rounds of one drawn sample of two tokens leave most experts without input norms; no tie may decide in their stead."""
+    dense = tiny_model("qwen3_moe", num_experts=16, num_hidden_layers=1)[0]
+    options = dict(method="wanda+ro", sparsity="2:4", ro_rounds=1, ro_samples=1, ro_lr=1e-30)
+    tested, _ = pruned_copy(dense, calibration(8, 2), **options)
+    plain, _ = pruned_copy(dense, calibration(8, 2), method="wanda", sparsity="2:4")
+    experts = [
+        (a, b) for (n, a), b in zip(tested.named_parameters(), plain.parameters(), strict=True) if ".experts." in n
+    ]
+    first_two = torch.tensor([True, True, False, False])
+    for weight, other in experts:
+        for index in range(len(weight)):
+            ties = ((weight[index] != 0).unflatten(-1, (-1, 4)) == first_two).all(-1).double().mean()
+            assert ties < 0.5 or torch.equal(weight[index] != 0, other[index] != 0)
+
+
+def test_gblm_takes_samples_one_by_one_wherever_experts_come(tiny_model):
+    dense = tiny_model("qwen3_moe", mlp_only_layers=[0], num_hidden_layers=2)[0]
+    single, _ = pruned_copy(dense, calibration(), method="gblm", sparsity="2:4", batch_size=1)
+    batched, _ = pruned_copy(dense, calibration(), method="gblm", sparsity="2:4", batch_size=4)
+    assert disputed_fraction(single, batched) <= 1e-4
+
+
+@pytest.mark.parametrize("fraction", ["0.6", "0.7"])
+def test_a_map_of_one_row_gets_its_zeros(fraction):
+    """As Qwen2-MoE's shared_expert_gate: every column block takes a whole number, and they add up."""
+    weight = torch.randn(1, 320, generator=torch.Generator().manual_seed(0))
+    solve_(weight, torch.eye(320), SparsityPattern(float(fraction)))
+    assert (weight == 0).sum() == int(320 * float(fraction))
+
+
+def test_cumulative_says_what_it_cannot_remove(llama):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn\.q_proj: wanda-cumulative removes .* use --method wanda"
+    ):
+        prune(llama, calibration=calibration(), method="wanda-cumulative", sparsity="0.97")
+
+
+def test_cumulative_prunes_an_expert_without_tokens_by_magnitude(tiny_model):
+    tested, report = pruned_copy(
+        tiny_model("qwen3_moe", num_experts=8)[0], calibration(1, 2), method="wanda-cumulative", sparsity="0.5"
+    )
+    assert any("pruned by magnitude alone" in line for line in report.warnings)
+    assert verify_model(tested, "0.5").ok
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "admm"])
+def test_a_faint_input_gets_no_enormous_weight(llama, method):
+    """Inputs of down_proj that are 100,000 times smaller than others: little is known of them, and little is gained."""
+    llama = llama.half()
+    with torch.no_grad():
+        oracle.decoder_blocks(llama)[0].mlp.up_proj.weight[:8] *= 1e-5
+    tested, _ = pruned_copy(llama, calibration(), method=method, sparsity="2:4")
+    weight = oracle.decoder_blocks(tested)[0].mlp.down_proj.weight.abs()
+    assert weight[:, :8].max() < 10 * weight[:, 8:].max()
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda+reconstruct"])
+def test_no_zero_is_negative_where_weights_underflow(llama, method):
+    with torch.no_grad():
+        for block in oracle.decoder_blocks(llama):
+            for matrix in oracle.matrices(block).values():
+                matrix.weight.mul_(2e-5)
+    tested, _ = pruned_copy(llama.half(), calibration(), method=method, sparsity="3:4")
+    assert verify_model(tested, "3:4").negative_zeros == 0
+
+
+def test_every_forward_of_experts_is_counted(tiny_model):
+    model, _ = tiny_model("mixtral")
+    model.config._experts_implementation = "eager"  # as a run sets it
+    store = ModelStore(model, SparsityPattern.parse("2:4"), device=torch.device("cpu"))
+    with torch.no_grad():
+        hidden = store.record(calibration(), 2)
+        with store.open_block(0) as block:
+            block.run_(hidden.clone())
+            block.watch(hidden[:2], lambda *of: None)
+            counted, block.flops = block.flops, 0.0
+            block.run_(hidden.clone())
+            assert counted == pytest.approx(1.5 * block.flops, rel=0.05)  # a half of the samples was watched
+        with store.open_block(0) as block:
+            block.run_(hidden.clone())
+            assert block.flops == pytest.approx(counted / 1.5, rel=0.05)
 
 
 def disputed_fraction(a, b) -> float:

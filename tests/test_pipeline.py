@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import wandapp
 from wandapp import methods
@@ -174,6 +175,17 @@ def test_skip_that_matches_nothing_is_refused(tiny_model):
     model, config = tiny_model("llama")
     with pytest.raises(WandappError, match="matches no linear map"):
         prune(model, calibration=tokens(config), skip=("no_such_proj",))
+
+
+def test_a_weight_that_is_no_linear_map_can_be_left_dense_alone():
+    model_type, fields = "lfm2", dict(layer_types=["conv", "full_attention"], num_hidden_layers=2, hidden_size=64)
+    fields |= dict(vocab_size=300, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields), dtype=torch.float32).eval()
+    with pytest.raises(WandappError, match=r"layers\.0\.conv\.conv: .* no linear map .* --skip 'conv\\.conv\$'"):
+        prune(model, calibration=tokens(model.config))
+    report = prune(model, calibration=tokens(model.config), skip=(r"conv\.conv$",))
+    assert report.sparsity == 0.5 and not report.kept_dense
+    assert verify_model(model, "2:4", (r"conv\.conv$",)).ok
 
 
 def test_blocks_that_share_weights_are_refused(tiny_model):

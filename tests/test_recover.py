@@ -8,11 +8,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from wandapp import WandappError, load_model, masked, save_pruned, verify_model
+from wandapp import WandappError, load_model, masked, recovery, save_pruned, verify_model
 from wandapp.config import PruneConfig
 from wandapp.recover_config import RecoverConfig
 from wandapp.recovery import recover
-from wandapp.training import Step, TrainingState, learning_rate_factor
+from wandapp.training import Step, TrainingState, learning_rate_factor, train
 
 OPTIONS = dict(text="pydoc", samples=6, held_out=2, seq_len=32, save_every=2)
 LORA = RecoverConfig(preset="strong", rank=4, alpha=6.0).resolved()
@@ -197,6 +197,22 @@ def test_training_lowers_perplexity_and_keeps_every_zero(options, pruned, tmp_pa
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert verify_model(model, "2:4").negative_zeros == 0
     assert report.steps == 24 and report.tokens == 24 * 32
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_adapters_are_fp32_whatever_is_frozen(stored, pruned, tmp_path):
+    folder, trained = pruned("llama", dtype=stored), {}
+
+    def note(model, *args, **kwargs):
+        trained.update({name: p.dtype for name, p in model.named_parameters() if p.requires_grad})
+        return train(model, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovery, "train", note)
+        report = recover(folder, tmp_path / "out", **OPTIONS | dict(samples=24, preset="strong", dtype="bfloat16"))
+    assert set(trained.values()) == {torch.float32} and all("lora_" in name for name in trained)
+    assert report.after["held-out"]["perplexity"] < report.before["held-out"]["perplexity"]
+    assert {p.dtype for p in load_model(tmp_path / "out").model.parameters()} == {getattr(torch, stored)}
 
 
 @pytest.mark.slow

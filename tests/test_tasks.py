@@ -65,6 +65,8 @@ def test_accuracy_is_that_of_the_likeliest_choice(colours, tiny_model, tiny_toke
     (task,) = results.tasks
     assert (task.metrics["acc"], task.metrics["acc_norm"]) == (hits / 4, normed_hits / 4)
     assert (task.task, task.samples, task.num_fewshot, task.version) == ("colours", 4, 0, "1.0")
+    variance = (hits / 4) * (1 - hits / 4) / 3  # of the mean of four, by the sample's own
+    assert task.metrics["acc_stderr"] == pytest.approx(variance**0.5)
     assert results.mean_accuracy == hits / 4 and results.dtype == "float32" and len(task.task_sha256) == 64
     assert progress[-1] == (9, 9)
 
@@ -81,6 +83,19 @@ def test_packed_model_answers_as_the_dense_one(colours, pruned_checkpoint, tmp_p
     assert (packed.tasks[0].num_fewshot, packed.tasks[0].samples, packed.limit) == (1, 3, 3)
 
 
+def test_a_task_is_not_asked_for_in_two_ways(colours, monkeypatch, tiny_model, tiny_tokenizer):
+    from wandapp import tasks
+
+    monkeypatch.setitem(tasks.PRESETS, "two", tasks.Preset(("colours",), 2))
+    model, tokenizer = tiny_model("llama")[0], tiny_tokenizer()
+    with pytest.raises(WandappError, match="'colours' is asked for with .* examples in the prompt; evaluate it twice"):
+        tasks.evaluate_tasks(model, tokenizer, ["two", str(colours)])
+    results = tasks.evaluate_tasks(model, tokenizer, ["two", str(colours)], num_fewshot=1, limit=1)
+    assert [task.num_fewshot for task in results.tasks] == [1] and "acc_stderr" not in results.tasks[0].metrics
+    with pytest.raises(WandappError, match="limit must be above 0, got 0"):
+        tasks.evaluate_tasks(model, tokenizer, [str(colours)], limit=0)
+
+
 def test_presets_are_tasks_of_lm_eval():
     from lm_eval.tasks import TaskManager
 
@@ -89,8 +104,9 @@ def test_presets_are_tasks_of_lm_eval():
     known = TaskManager().task_index
     assert {name for preset in PRESETS.values() for name in preset.tasks} <= known.keys()
     assert [len(preset.tasks) for preset in PRESETS.values()] == [7, 9, 1]
-    assert _expand(["mmlu5"], None)[:2] == (["mmlu"], 5)
-    assert _expand(["wanda7"], 3)[:2] == (list(PRESETS["wanda7"].tasks), 3)
+    assert _expand(["mmlu5", "gsm8k"], None)[0] == {5: ["mmlu"], None: ["gsm8k"]}
+    assert _expand(["wanda7", "mmlu5"], None)[0] == {0: list(PRESETS["wanda7"].tasks), 5: ["mmlu"]}
+    assert _expand(["wanda7"], 3)[0] == {3: list(PRESETS["wanda7"].tasks)}
 
 
 def test_what_is_missing_is_said_in_one_sentence(colours, tmp_path, tiny_model, tiny_tokenizer, monkeypatch):

@@ -140,7 +140,8 @@ class DecoderBlock:
     attention_flops_per_token: float = 0.0
     flops: float = 0.0
     heads: int = 0
-    _macs_per_token: dict[str, float] = field(default_factory=dict)
+    _macs_per_token: dict[str, float] = field(default_factory=dict)  # of each linear map, once a forward was watched
+    _uncounted: int = 0  # tokens that ran before that, whose experts are not in flops yet
     _leaf_names: set[str] = field(default_factory=set)
     _last: str | None = None
     _order: list[str] = field(default_factory=list)  # linear maps as a forward meets them
@@ -154,7 +155,9 @@ class DecoderBlock:
 
         until   end with this linear map, and return its product instead, [batch, seq_len, out_features]
         """
-        self.flops += hidden.shape[0] * hidden.shape[1] * self._flops_per_token(until)
+        tokens = hidden.shape[0] * hidden.shape[1]
+        self.flops += tokens * self._flops_per_token(until)
+        self._uncounted += 0 if self._macs_per_token else tokens
         if until is None:
             return self._forward(hidden)
 
@@ -278,6 +281,9 @@ class DecoderBlock:
         """Remembers how many tokens meet each weight, and which linear map comes last in every forward."""
         for name, rows in seen.items():
             self._macs_per_token[name] = self.all_linears[name].weight.numel() * rows / tokens
+        experts = sum(macs for name, macs in self._macs_per_token.items() if self.all_linears[name].is_expert)
+        self.flops += 2.0 * self._uncounted * experts
+        self._uncounted = 0
         met = {id(self.all_linears[name].parameter) for name in seen}  # some expert of every parameter meets a token
         unseen = [name for name, view in self.linears.items() if id(view.parameter) not in met]
         if unseen:
@@ -322,20 +328,35 @@ def find_linears(block: nn.Module, prefix: str, skip: tuple[str, ...] = ()) -> d
     A weight that fits no known layout is refused by its module's class, unless a `skip` expression excludes it.
     """
     found: dict[str, LinearView] = {}
-    for module_name, module in block.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() < 2 or "bias" in parameter_name:
-                continue
-            path = ".".join(filter(None, (prefix, module_name)))
-            try:
-                found.update((view.name, view) for view in _views(module, path, parameter_name, parameter))
-            except UnsupportedLayoutError:
-                if not any(re.search(expression, path) for expression in skip):
-                    raise
+    for name, what, views in _weights(block, prefix):
+        found.update((view.name, view) for view in views)
+        if not views and not any(re.search(expression, name) for expression in skip):
+            end = re.escape(".".join(name.split(".")[-2:]))
+            raise UnsupportedLayoutError(
+                f"{name}: {what} is no linear map that wandapp knows (nn.Linear, Conv1D, routers, 3-D experts); leave it dense "
+                f"with --skip '{end}$' if the rest is to be pruned"
+            )
     return found
 
 
+def unknown_weights(block: nn.Module, prefix: str) -> list[str]:
+    """Dotted names of a block's weights that fit no known layout, so that a `skip` expression must exclude them."""
+    return [name for name, _, views in _weights(block, prefix) if not views]
+
+
+def _weights(block: nn.Module, prefix: str) -> Iterator[tuple[str, str, list[LinearView]]]:
+    """(name, what it is, its linear maps) of each weight; the name is its module's, or its own where it is called otherwise."""
+    for module_name, module in block.named_modules():
+        path = ".".join(filter(None, (prefix, module_name)))
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 2 and "bias" not in parameter_name:
+                what = f"{type(module).__name__}.{parameter_name} of shape {tuple(parameter.shape)}"
+                name = path if parameter_name == "weight" else f"{path}.{parameter_name}"
+                yield name, what, list(_views(module, path, parameter_name, parameter))
+
+
 def _views(module: nn.Module, path: str, parameter_name: str, parameter: nn.Parameter) -> Iterator[LinearView]:
+    """The linear maps of a weight; none where it fits no known layout."""
     kind = type(module).__name__
     is_only_weight = parameter_name == "weight" and parameter.dim() == 2
     if is_only_weight and (isinstance(module, nn.Linear) or kind.endswith("Router")):
@@ -346,11 +367,6 @@ def _views(module: nn.Module, path: str, parameter_name: str, parameter: nn.Para
         transposed = bool(getattr(module, "is_transposed", False))
         for index in range(len(parameter)):
             yield LinearView(f"{path}.{parameter_name}.{index}", parameter, index, transposed)
-    else:
-        raise UnsupportedLayoutError(
-            f"{path}: {kind}.{parameter_name} of shape {tuple(parameter.shape)} is no linear map that wandapp knows "
-            "(nn.Linear, Conv1D, routers, 3-D experts); leave it dense with --skip if the rest is to be pruned"
-        )
 
 
 @dataclass

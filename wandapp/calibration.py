@@ -234,6 +234,7 @@ def _own_text(
     count, length = samples * pieces, math.ceil(seq_len / pieces)
     start = torch.randint(vocabulary_size(model), (count, 1), generator=generator)
     if bos is not None:
+        check_ids(torch.tensor([[bos]]), model)
         start.fill_(bos)
     texts = []
     for batch in start.split(OWN_TEXT_BATCH):
@@ -253,7 +254,12 @@ def _continue(model: nn.Module, tokens: Tensor, seq_len: int, generator: torch.G
     with inference(model):
         while tokens.shape[1] < seq_len:
             output = model(tokens[:, -1:].to(device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:
+                raise WandappError(
+                    f"the model cannot write calibration text: {type(model).__name__} remembers no past_key_values; use another "
+                    "--calibration, and --self-samples 0"
+                )
             # Inverse of the distribution function at a uniform number: a sixth of torch.multinomial's time on a CPU.
             below = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)
             if not below[:, -1].isfinite().all():

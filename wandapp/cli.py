@@ -90,7 +90,7 @@ def prune_command(
         return show_plan(recipe, output)
     packed, replaces = cli_packed.check_packed_output(recipe, resume) if pack else (None, False)
     cli_hub.check_push(push_to_hub, private)
-    _warn_of_unread(recipe.method, options, output)
+    _warn_of_unread(recipe, options, output)
     report = run_recipe(recipe, output, track or (), resume=resume)
     if not speaks_for_all():
         return
@@ -101,11 +101,11 @@ def prune_command(
     output.finish({"model": recipe.model, "out": recipe.out, **report.to_dict(), **sizes, **pushed})
 
 
-def _warn_of_unread(method: str, options: dict[str, Any], output: Output) -> None:
+def _warn_of_unread(recipe: PruneConfig, options: dict[str, Any], output: Output) -> None:
     from wandapp.methods import unread
 
-    for option, readers in unread(method, options).items():
-        output.warn(f"--{option.replace('_', '-')} is an option of {' and '.join(readers)}; {method} does not read it")
+    for option, readers in unread(recipe, options).items():
+        output.warn(f"--{option.replace('_', '-')} is an option of {' and '.join(readers)}, which this run is without")
 
 
 def run_recipe(recipe: PruneConfig, output: Output, trackers: Sequence[str] = (), *, resume: bool = False) -> Any:

@@ -93,5 +93,10 @@ def _show_tasks(found: dict[str, Any], dense: dict[str, Any] | None, output: Out
 
 
 def _compared(metrics: dict[str, float]) -> dict[str, str]:
-    """The metrics that people compare, as text."""
-    return {name: f"{metrics[name]:.4f}" for name in COMPARED if name in metrics}
+    """The metrics that people compare, with their standard errors, as text."""
+    errors = {name: metrics.get(f"{name}_stderr") for name in COMPARED}
+    return {
+        name: f"{metrics[name]:.4f}" + (f" ± {errors[name]:.4f}" if errors[name] is not None else "")
+        for name in COMPARED
+        if name in metrics
+    }

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from wandapp.errors import WandappError, compiled, nearest_folder
 from wandapp.options import Options
 from wandapp.pattern import SparsityPattern
+from wandapp.yaml_file import read_mapping
 
 RECIPE_FILE = "wandapp/recipe.yaml"
 MAX_COUNT = 10**7  # of samples, and of tokens in one: what a typing error exceeds, and a mistake may ask memory for
@@ -222,14 +223,25 @@ class PruneConfig(Options):
 
         Where blocks are streamed, WHOLE_MODEL options stay open: `job.resolved` says what the run is without.
         """
-        values = dict(PRESETS[self.preset])
-        values |= (
-            {"allocate": "uniform"} if self.pattern.is_structured else {"permute": False}
-        )  # cannot serve the pattern
+        values = _preset_values(self.preset, self.pattern)
         if self.stream:
             values = {name: value for name, value in values.items() if name not in WHOLE_MODEL}
         named = "method" in self.model_fields_set or "method" not in values
         return (self if named else self.model_copy(update={"method": values["method"]})).with_values(values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
+        """The options in a YAML file; an override wins over the file's value.
+
+        Another preset or sparsity also takes back what the file's own filled in, but for the method.
+        """
+        found = read_mapping(path, "recipe")
+        if overrides.keys() & {"preset", "sparsity"}:
+            own = cls(**found)
+            filled = _preset_values(own.preset, own.pattern)
+            filled.pop("method", None)
+            found = {name: found[name] for name in found if name not in filled or getattr(own, name) != filled[name]}
+        return cls(**found | overrides)
 
     @field_validator("sparsity", mode="before")
     @classmethod
@@ -330,3 +342,8 @@ PRESETS["best"] = PRESETS["robust"] | {
     "allocate": "error",
     "reconstruct_compute": "auto",
 }
+
+
+def _preset_values(preset: str, pattern: SparsityPattern) -> dict[str, Any]:
+    """What a preset gives to open options, less what cannot serve the pattern."""
+    return PRESETS[preset] | ({"allocate": "uniform"} if pattern.is_structured else {"permute": False})

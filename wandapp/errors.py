@@ -27,6 +27,10 @@ class NonFiniteScoreError(WandappError):
         self.row, self.column = row, column
 
 
+class UnreachableSparsityError(WandappError):
+    """A rule of choice cannot remove as many weights as it is asked to."""
+
+
 class TooManyNonZerosError(WandappError):
     """A group of m consecutive weights holds more than n non-zeros."""
 

@@ -94,7 +94,8 @@ def _takes_adapter(model: nn.Module, view: LinearView) -> bool:
 def add_adapters(model: nn.Module, config: RecoverConfig) -> list[str]:
     """Puts a `MaskedLora` around every chosen linear map, freezes all else; returns their dotted names.
 
-    B starts at 0, A at random from torch's generator: the model computes the same until the first step.
+    A and B are fp32, whatever the frozen weights are. B starts at 0, A at random from torch's generator: the model computes
+    the same until the first step.
     """
     names = choose_targets(model, config.targets)
     model.requires_grad_(False)
@@ -108,6 +109,9 @@ def add_adapters(model: nn.Module, config: RecoverConfig) -> list[str]:
     kinds = {type(model.get_submodule(name)): MaskedLora for name in names}
     lora._register_custom_module(kinds)  # peft's way to bring a layer of one's own
     inject_adapter_in_model(lora, model, adapter_name=_ADAPTER)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return names
 
 

@@ -33,7 +33,7 @@ from wandapp.training import LOSS_FILE, STATE_FILE, Step, TrainingState, recompu
 from wandapp.verify import verify_model
 from wandapp.weight_files import checkpoint_files
 
-_NOT_IDENTITY = {"device", "save_every", "eval_text", "eval_windows", "held_out"}
+_NOT_IDENTITY = {"device", "save_every", "eval_text", "eval_windows"}
 
 
 @dataclasses.dataclass
@@ -146,6 +146,7 @@ def _train(
     torch.manual_seed(config.seed)
     masks: dict[str, Tensor] = {}
     views = list(masked.linear_views(model))
+    linear = {id(view.parameter) for view in views}
     if config.full:
         masks = masked.train_blocks(model)
         report.linears, report.how = len(views), f"every weight of the blocks behind masks, lr {config.lr:g}"
@@ -163,6 +164,7 @@ def _train(
             parameter.data = parameter.data.to(types[name])
             if name in masks:
                 masked.require_zeros(name, parameter, masks[name])
+            if id(parameter) in linear:
                 parameter.data += 0.0  # -0.0, to which a tiny weight may round, becomes +0.0
     _sum_up(report, state.folder / LOSS_FILE)
 
@@ -212,7 +214,10 @@ def _evaluation_texts(held_out: Tensor, config: RecoverConfig, folder: Path) -> 
     path = folder / "held-out.safetensors"
     save_tokens(held_out, path)
     more = {"seq_len": config.seq_len, "windows": config.eval_windows, "text_field": config.text_field}
-    return {"held-out": {"text": path}} | {Path(text).name: {"text": text} | more for text in config.eval_text}
+    names = [Path(text).name for text in config.eval_text]
+    alike = {name for name in names if names.count(name) > 1}
+    named = {text if name in alike else name: text for name, text in zip(names, config.eval_text, strict=True)}
+    return {"held-out": {"text": path}} | {name: {"text": text} | more for name, text in named.items()}
 
 
 def _perplexities(loaded: LoadedModel, texts: dict[str, dict], config: RecoverConfig) -> dict[str, dict]:

@@ -181,8 +181,10 @@ class Measurements:
         return replace(self, drawn=drawn)
 
     def column_norm(self, view: LinearView) -> Tensor:
-        """s_j [in_features] fp32 of the map's input."""
-        return self.norms[view.name].value(self.drawn)
+        """s_j [in_features] fp32 of the map's input: over all samples, too, where no drawn one reached an expert."""
+        norm = self.norms[view.name]
+        value = norm.value(self.drawn)
+        return norm.value() if view.is_expert and self.drawn is not None and not value.any() else value
 
 
 def _reordered(matrix: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:

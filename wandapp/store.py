@@ -20,6 +20,7 @@ from wandapp.blocks import (
     find_linears,
     forward_from,
     record,
+    unknown_weights,
 )
 from wandapp.checkpoint import block_tensors, outer_tensors, place
 from wandapp.errors import WandappError
@@ -51,15 +52,23 @@ class ModelStore:
             find_linears(block, f"{self.prefix}.{index}", skip) for index, block in enumerate(self.blocks)
         ]
         self.linears = [_without_skipped(linears, skip) for linears in self.all_linears]
-        _refuse_useless_skips(self.all_linears, skip)
+        _refuse_useless_skips(self.all_linears, self._unknown_weights(), skip)
         for linears in self.linears:
             for view in linears.values():
                 pattern.require_fit(view.name, view.weight.shape[1])
+        self._macs_per_token: list[dict[str, float]] = [
+            {} for _ in self.blocks
+        ]  # what each block learns of its experts
         self.recording: Recording | None = None
         self.attention_flops_per_token = 0.0
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    def _unknown_weights(self) -> list[str]:
+        """Weights that are no linear maps, which a skip expression excuses."""
+        named = ((block, f"{self.prefix}.{index}") for index, block in enumerate(self.blocks))
+        return [name for block, prefix in named for name in unknown_weights(block, prefix)]
 
     def kept_dense(self) -> list[str]:
         """Linear maps that a skip expression excludes."""
@@ -157,6 +166,7 @@ class ModelStore:
             linears,
             self.attention_flops_per_token,
             heads=query_heads(self.model.config),
+            _macs_per_token=self._macs_per_token[index],
         )
 
     def _finished(self, index: int) -> dict[str, Tensor]:
@@ -222,10 +232,10 @@ def _without_skipped(linears: dict, skip: tuple[str, ...]) -> dict:
     return {name: view for name, view in linears.items() if not any(re.search(pattern, name) for pattern in skip)}
 
 
-def _refuse_useless_skips(all_linears: list[dict], skip: tuple[str, ...]) -> None:
+def _refuse_useless_skips(all_linears: list[dict], excused: list[str], skip: tuple[str, ...]) -> None:
     names = [name for linears in all_linears for name in linears]
     for pattern in skip:
-        if not any(re.search(pattern, name) for name in names):
+        if not any(re.search(pattern, name) for name in (*names, *excused)):
             raise WandappError(f"--skip {pattern!r} matches no linear map; names look like {names[0]} and {names[-1]}")
     if all(any(re.search(pattern, name) for pattern in skip) for name in names):
         raise WandappError(f"--skip {' '.join(skip)} leaves no linear map to prune; there are {len(names)}")

@@ -7,9 +7,10 @@ its data are local.
 import dataclasses
 import hashlib
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from wandapp.corpus import first_line
 from wandapp.errors import WandappError, nearest
 
 SEED = 1234  # of few-shot examples, as in lm-eval
+BOOTSTRAPS = 1000  # for standard errors that have no closed form, such as f1's
 # What lm-eval raises on a YAML whose keys do not fit together; it checks few of them.
 _DEFINITION_ERRORS = (ValueError, LookupError, TypeError, AttributeError, AssertionError, ImportError, TemplateError)
 
@@ -91,27 +93,30 @@ def evaluate_tasks(
     """Results of `model` on lm-eval's tasks.
 
     names        presets, lm-eval's tasks or groups, .yaml files, folders of them
-    num_fewshot  examples in each prompt; None: the preset's, or as each task says
+    num_fewshot  examples in each prompt; None: those of the preset that names the task, or as the task says
     limit        documents per task (1 and above), or their share; None: all
     on_progress  called with (requests done, requests) of the tasks in work
-    raises       WandappError where a task does not exist, or its data cannot be had
+    raises       WandappError where a task does not exist, its data cannot be had, or it is asked for in two ways
     """
+    if limit is not None and limit <= 0:
+        raise WandappError(
+            f"limit must be above 0, got {limit:g}: a number of documents per task, or their share below 1"
+        )
     if tokenizer is None:
         raise WandappError("tasks need a tokenizer, and this checkpoint has none; copy the base model's beside it")
-    names, num_fewshot, local = _expand(names, num_fewshot)
+    names_by_shots, local = _expand(names, num_fewshot)
+    names = [name for group in names_by_shots.values() for name in group]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with nullcontext() if on_progress is None else redirect_stderr(StringIO()):  # its own bars
-        loaded = _load(names, local)
+        loaded = _load(names_by_shots, local)
     for task in loaded["tasks"].values():
-        if num_fewshot is not None or task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=num_fewshot or 0)
         task.set_fewshot_seed(seed=SEED)
     random.seed(SEED), numpy.random.seed(SEED), torch.manual_seed(SEED)
     lm = _WatchedModel(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
     lm.on_progress = on_progress
-    with nullcontext() if on_progress is None else redirect_stderr(StringIO()):
+    with _resampling_here(), nullcontext() if on_progress is None else redirect_stderr(StringIO()):
         try:
-            raw = evaluate(lm, loaded, limit=limit, bootstrap_iters=0)
+            raw = evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS)
         except TemplateError as error:
             raise WandappError(
                 f"tasks {', '.join(names)}: a document does not fit the templates ({first_line(error)}); check the doc_to_ "
@@ -126,6 +131,22 @@ def evaluate_tasks(
         tokenizer.name_or_path or type(tokenizer).__name__,
         str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
     )
+
+
+@contextmanager
+def _resampling_here() -> Iterator[None]:
+    """Lets lm-eval resample for its standard errors in this process, instead of in copies of it, and not tell on stdout."""
+    key = "DISABLE_MULTIPROC"
+    earlier = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        with redirect_stdout(StringIO()):
+            yield
+    finally:
+        if earlier is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = earlier
 
 
 class _WatchedModel(HFLM):
@@ -147,22 +168,21 @@ class _WatchedModel(HFLM):
         return logits
 
 
-def _expand(names: Sequence[str], num_fewshot: int | None) -> tuple[list[str], int | None, dict[str, str]]:
-    """(task names, examples per prompt, folder of each local task) that `names` stand for."""
-    expanded: list[str] = []
+def _expand(names: Sequence[str], num_fewshot: int | None) -> tuple[dict[int | None, list[str]], dict[str, str]]:
+    """(task names by examples per prompt, folder of each local task) that `names` stand for."""
+    expanded: dict[int | None, list[str]] = {}
     local: dict[str, str] = {}
     for name in names:
-        path = Path(name)
+        path, found, shots = Path(name), [name], num_fewshot
         if name in PRESETS:
-            expanded += PRESETS[name].tasks
-            num_fewshot = PRESETS[name].num_fewshot if num_fewshot is None else num_fewshot
+            found = list(PRESETS[name].tasks)
+            shots = PRESETS[name].num_fewshot if num_fewshot is None else num_fewshot
         elif path.is_dir() or path.suffix in (".yaml", ".yml"):
             found = _local_tasks(path)
-            expanded += found
             local |= dict.fromkeys(found, str(path if path.is_dir() else path.parent))
-        else:
-            expanded.append(name)
-    return list(dict.fromkeys(expanded)), num_fewshot, local
+        group = expanded.setdefault(shots, [])
+        group += [task for task in dict.fromkeys(found) if task not in group]
+    return expanded, local
 
 
 def _local_tasks(path: Path) -> list[str]:
@@ -178,8 +198,9 @@ def _local_tasks(path: Path) -> list[str]:
     return found
 
 
-def _load(names: list[str], local: dict[str, str]) -> dict:
+def _load(names_by_shots: dict[int | None, list[str]], local: dict[str, str]) -> dict:
     """lm-eval's tasks with their data. Its own thousands of task files are read only where one of them is wanted."""
+    names = [name for group in names_by_shots.values() for name in group]
     folders = list(dict.fromkeys(local.values()))
     manager = TaskManager(include_path=folders or None, include_defaults=any(name not in local for name in names))
     for name in names:
@@ -190,12 +211,30 @@ def _load(names: list[str], local: dict[str, str]) -> dict:
             )
     try:
         with _definition_errors(f"tasks {', '.join(names)}"):
-            return manager.load(names)
+            return _joined({shots: manager.load(group) for shots, group in names_by_shots.items()})
     except (OSError, DatasetsError) as error:  # no network, no such data set or file
         raise WandappError(
             f"tasks {', '.join(names)}: their data cannot be had ({first_line(error)}); connect once so that they are "
             "cached, or give a task YAML whose data are local"
         ) from error
+
+
+def _joined(loaded: dict[int | None, dict]) -> dict:
+    """What lm-eval loaded by examples per prompt as one, each task with its number set."""
+    joined: dict[str, dict] = {}
+    for shots, parts in loaded.items():
+        for name, task in parts["tasks"].items():
+            if shots is not None or task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=shots or 0)
+            other = joined.get("tasks", {}).get(name, task)
+            if other.get_config("num_fewshot") != task.get_config("num_fewshot"):
+                raise WandappError(
+                    f"task {name!r} is asked for with {other.get_config('num_fewshot')} and with "
+                    f"{task.get_config('num_fewshot')} examples in the prompt; evaluate it twice, or give --num-fewshot"
+                )
+        for kind, entries in parts.items():
+            joined[kind] = joined.get(kind, {}) | entries
+    return joined
 
 
 @contextmanager

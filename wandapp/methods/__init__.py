@@ -28,12 +28,17 @@ METHODS: dict[str, type[Method]] = {
 REFINERS = {"ro": RegionalOptimisation, "reconstruct": Reconstruction}
 ALIASES = {"wanda++": "rgs+ro"}
 MAX_REFINERS = 8  # of one method
-# Who reads an option that does not begin with the name of its only reader.
+# Who reads an option that does not begin with the name of its only reader: methods, refiners, and parts of a run.
 _READERS = {
     "alpha": ("rgs", "gblm"),
     "alpha_unit": ("rgs",),
     "regional_loss": ("rgs",),
     "damping": ("sparsegpt", "admm"),
+    "reconstruct_compute": ("reconstruct", "tuning"),
+    "tune_lr": ("tuning",),
+    "self_temperature": ("own text",),
+    "owl_outlier": ("owl",),
+    "allocate_spread": ("owl", "error"),
 }
 
 
@@ -52,12 +57,12 @@ def resolve(name: str) -> tuple[str, ...]:
     return method, *refiners
 
 
-def unread(name: str, options: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Those of `options` that the method `name` does not read, and the methods or refiners that do."""
-    used, found = set(resolve(name)), {}
-    options = set(options)
-    if "tune_passes" in options:  # tuning computes as reconstruction does
-        options -= {"reconstruct_compute"}
+def unread(config: PruneConfig, options: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Those of `options` that a run of `config`, resolved, does not read, and who would."""
+    used = {*resolve(config.method), config.allocate}
+    used |= {"tuning"} if config.tune_passes else set()
+    used |= {"own text"} if config.self_samples or config.calibration == "self" else set()
+    found = {}
     for option in sorted(options):
         owner = option.partition("_")[0]
         readers = _READERS.get(option) or ((owner,) if owner in METHODS | REFINERS else ())

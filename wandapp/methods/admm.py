@@ -2,8 +2,9 @@
 
     minimise  tr (W' - W) H (W' - W)^T = ||X W'^T - X W^T||^2    over W' that hold the pattern
 
-In scaled coordinates, weights times sqrt(H_jj) and H with ones on its diagonal, a magnitude is Wanda's score. Each iteration
-splits the work between Y, which lowers the error, and Z, which holds the pattern; U adds up what they disagree on:
+In scaled coordinates, weights times sqrt(H_jj) and H with ones on its diagonal, a magnitude is Wanda's score. Before that a
+millionth of the diagonal's mean is added to H_jj, lest an input that hardly ever differs from zero gets an enormous weight.
+Each iteration splits the work between Y, which lowers the error, and Z, which holds the pattern; U adds up what they disagree on:
 
     Y = W + (Z - U - W) P        P = rho (H + rho I)^-1: the minimiser of the error + rho ||Y - Z + U||^2
     T = a Y + (1 - a) Z + U      a > 1 goes beyond Y (over-relaxation, Boyd et al. 2011, section 3.4.3)
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from wandapp.blocks import LinearView
 from wandapp.kernels.select import select_nm, select_rows
-from wandapp.methods.base import ScoreTerms, scores_of
+from wandapp.methods.base import ScoreTerms, as_one_row, scores_of
 from wandapp.methods.second_order import SecondOrder
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
@@ -29,11 +30,12 @@ from wandapp.statistics import Measurements
 RHO = (0.35, 0.63, 1.12, 2.0)  # of each stage, in units of the scaled H's diagonal
 RELAXATION = 1.5
 FINISHING_STEPS = 4  # of conjugate gradients
+FAINTEST = 1e-6  # of the diagonal's mean, added to it
 TINY = 1e-30  # in place of a zero that divides a zero
 
 
 class ScaledHessian(NamedTuple):
-    """scale [in] = sqrt(H_jj); value [in, in] with 1 + damping on its diagonal; first: P of the first stage."""
+    """scale [in] = sqrt(H_jj), value [in, in] with 1 + damping on its diagonal; first: P of the first stage."""
 
     scale: Tensor
     value: Tensor
@@ -49,9 +51,10 @@ class ADMM(SecondOrder[ScaledHessian]):
         return ScoreTerms(measured.hessians[view.name].value.diagonal().sqrt())
 
     def factorise(self, hessian: Tensor, damping: float) -> ScaledHessian | None:
-        scale = hessian.diagonal().sqrt()
+        diagonal = hessian.diagonal()
+        scale = (diagonal + FAINTEST * diagonal.mean()).sqrt()
         value = hessian / scale / scale[:, None]
-        value.diagonal().add_(damping)
+        value.diagonal().fill_(1 + damping)
         first = inverse(value, RHO[0])
         return None if first is None else ScaledHessian(scale, value, first)
 
@@ -112,7 +115,8 @@ def choose(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     if pattern.is_structured:
         return select_nm(weight, n=pattern.n, m=pattern.m)
     keep = weight.numel() - pattern.zeros(*weight.shape)
-    return select_rows(weight.reshape(1, -1), keep=keep).view(weight.shape)
+    with as_one_row(weight):
+        return select_rows(weight.reshape(1, -1), keep=keep).view(weight.shape)
 
 
 def minimise_on_support(sparse: Tensor, dense: Tensor, hessian: Tensor, steps: int) -> Tensor:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wandapp.blocks import DecoderBlock, LinearView
 from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
-from wandapp.errors import NonFiniteScoreError, WandappError
+from wandapp.errors import NonFiniteScoreError, UnreachableSparsityError, WandappError
 from wandapp.histograms import BlockHistograms
 from wandapp.kernels.select import prune_nm_, prune_rows_
 from wandapp.pattern import SparsityPattern
@@ -61,6 +61,7 @@ class BlockRecord:
 class BlockStore(Protocol):
     """What a method may ask of the dense model before the first block is pruned (wandapp.store.ModelStore)."""
 
+    model: nn.Module
     prefix: str  # of the blocks' names
     linears: list[dict[str, LinearView]]  # of each block
     device: torch.device
@@ -209,19 +210,35 @@ class Method:
         else:
             for rows, keep in rows_to_keep(weight, pattern):
                 gradient = None if terms.gradient is None else terms.gradient[rows]
-                try:
+                with scores_from(row=rows.start):
                     prune_rows_(weight[rows], terms.column_scale, gradient, keep=keep, alpha=terms.alpha)
-                except NonFiniteScoreError as error:
-                    raise NonFiniteScoreError(rows.start + error.row, error.column) from None
 
 
 @contextmanager
 def scores_of(name: str) -> Iterator[None]:
-    """Puts the linear map's name in front of the message on a score that is NaN or Inf."""
+    """Puts the linear map's name in front of the message on scores that leave no choice."""
+    try:
+        yield
+    except (NonFiniteScoreError, UnreachableSparsityError) as error:
+        raise WandappError(f"{name}: {error}") from None
+
+
+@contextmanager
+def scores_from(row: int = 0, column: int = 0) -> Iterator[None]:
+    """Tells the place in the map of a score that is NaN or Inf, where a choice reads the part that begins at (row, column)."""
     try:
         yield
     except NonFiniteScoreError as error:
-        raise WandappError(f"{name}: {error}") from None
+        raise NonFiniteScoreError(row + error.row, column + error.column) from None
+
+
+@contextmanager
+def as_one_row(weight: Tensor) -> Iterator[None]:
+    """The same where a choice reads weight [out, in] as one row."""
+    try:
+        yield
+    except NonFiniteScoreError as error:
+        raise NonFiniteScoreError(*divmod(error.column, weight.shape[1])) from None
 
 
 def rows_to_keep(weight: Tensor, pattern: SparsityPattern) -> list[tuple[slice, int]]:

@@ -1,9 +1,10 @@
 """GBLM-Pruner (arXiv:2311.04902): score_ij = |W_ij| * (alpha * G_ij + s_j), G from the full model's language-model loss.
 
-    l2   G = sqrt((1/N) sum_n g_n^2)        l1   G = (1/N) sum_n |g_n|        alpha = 100 * sqrt(N)
+    l2   G = sqrt((1/N) sum_n g_n^2)        l1   G = (1/N) sum_n |g_n|        alpha = config.alpha * sqrt(N)
 
-g_n is the gradient of sample n's mean next-token cross-entropy on the dense model. With l2 this equals the authors' code,
-whose G is sqrt(sum_n (100 g_n)^2) and whose alpha is 1.
+g_n is the gradient of sample n's mean next-token cross-entropy on the dense model. With l2 and alpha 100, the preset paper's,
+this equals the authors' code, whose G is sqrt(sum_n (100 g_n)^2) and whose alpha is 1. Their l1, sum_n |100 g_n|, is this one
+with an alpha that is sqrt(N) times as large.
 """
 
 import math
@@ -57,7 +58,8 @@ class GBLM(Method):
     def _accumulate(self, store: BlockStore, tokens: Tensor, hidden: Tensor) -> float:
         """Sums every sample's gradients; returns the FLOPs."""
         flops = 0.0
-        batch_size = 1 if any(view.is_expert for view in store.linears[0].values()) else store.batch_size
+        has_experts = any(view.is_expert for linears in store.linears for view in linears.values())
+        batch_size = 1 if has_experts else store.batch_size  # experts mix the samples of a batch
         for start in range(0, len(tokens), batch_size):
             rows = slice(start, min(start + batch_size, len(tokens)))
             inputs = [hidden[rows].to(store.device)]

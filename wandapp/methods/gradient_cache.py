@@ -2,12 +2,14 @@
 
     FOLDER/KEY/00003.safetensors    the gradients' sums of block 3, by linear map
 
-KEY hashes what they do depend on, by content: every weight of the blocks, the first block's inputs (which the embedding
-makes), the loss gradient of one sample (which the final norm and the head make), the tokens, and how samples are joined.
+KEY hashes what they do depend on, by content: every weight of the blocks, the configuration that says how they compute, the
+first block's inputs (which the embedding makes), the loss gradient of one sample (which the final norm and the head make),
+the tokens, and how samples are joined.
 """
 
 import fcntl
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from wandapp.errors import WandappError
 from wandapp.methods.base import BlockStore
+
+_NAMES = {"_name_or_path", "transformers_version"}  # of a model's configuration, which compute nothing
 
 
 class GradientCache:
@@ -73,7 +77,9 @@ class GradientCache:
 
 
 def _key(store: BlockStore, tokens: Tensor, hidden: Tensor, kind: str) -> str:
-    sha = hashlib.sha256(f"{kind} {store.batch_size} {hidden.device.type} {hidden.dtype}".encode())
+    computed = {name: value for name, value in store.model.config.to_dict().items() if name not in _NAMES}
+    computed_so = json.dumps(computed, sort_keys=True, default=str)
+    sha = hashlib.sha256(f"{kind} {store.batch_size} {hidden.device.type} {hidden.dtype} {computed_so}".encode())
     for tensor in (tokens, hidden, store.loss_gradient(tokens[:1], hidden[:1])):
         _update(sha, tensor)
     for index in range(len(store)):

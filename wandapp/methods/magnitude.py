@@ -4,7 +4,7 @@ from torch import Tensor
 
 from wandapp.blocks import LinearView
 from wandapp.kernels.select import prune_rows_
-from wandapp.methods.base import Method, ScoreTerms
+from wandapp.methods.base import Method, ScoreTerms, as_one_row
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
 
@@ -20,4 +20,5 @@ class Magnitude(Method):
             super().select_(weight, terms, pattern)
         else:
             size = weight.numel()
-            prune_rows_(weight.view(1, -1), keep=size - pattern.zeros(1, size))
+            with as_one_row(weight):
+                prune_rows_(weight.view(1, -1), keep=size - pattern.zeros(1, size))

@@ -61,9 +61,10 @@ class SecondOrder(Method, ABC, Generic[Factor]):
             del factor
             block.flops += self.flops(sum(map(len, weights.values())), len(hessian))
             for view in views:
-                if not torch.isfinite(weights[view.name]).all():
+                stored = weights[view.name].to(view.weight.dtype)
+                if not torch.isfinite(stored).all():
                     raise WandappError(f"{view.name}: {self.title}'s weights are not finite; raise --damping")
-                view.weight.copy_(weights[view.name].add_(0.0))  # -0.0 becomes +0.0
+                view.weight.copy_(stored)
 
     def _factor(self, name: str, hessian: Tensor, record: BlockRecord) -> Factor:
         """The factor of hessian [in, in] at the least damping that serves."""

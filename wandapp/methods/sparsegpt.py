@@ -12,7 +12,7 @@ from wandapp.config import PruneConfig
 from wandapp.distributed import Ranks
 from wandapp.kernels.compensate import compensate_block_
 from wandapp.kernels.select import select_rows
-from wandapp.methods.base import BlockRecord, ScoreTerms, scores_of
+from wandapp.methods.base import BlockRecord, ScoreTerms, as_one_row, scores_from, scores_of
 from wandapp.methods.second_order import SecondOrder
 from wandapp.pattern import SparsityPattern
 from wandapp.statistics import Measurements
@@ -68,23 +68,24 @@ def solve_(weight: Tensor, factor: Tensor, pattern: SparsityPattern) -> None:
     for start in range(0, columns, width):
         part = slice(start, min(start + width, columns))
         block, block_factor = weight[:, part], factor[part, part].contiguous()
-        if pattern.is_structured:
-            error = compensate_block_(block, block_factor, n=pattern.n, m=pattern.m).error
-        else:
-            mask = _block_mask(block, block_factor, block.numel() - block_zeros(weight.shape, part, pattern))
-            error = compensate_block_(block, block_factor, mask=mask).error
+        with scores_from(column=start):
+            if pattern.is_structured:
+                error = compensate_block_(block, block_factor, n=pattern.n, m=pattern.m).error
+            else:
+                mask = _block_mask(block, block_factor, block.numel() - block_zeros(weight.shape, part, pattern))
+                error = compensate_block_(block, block_factor, mask=mask).error
         weight[:, part.stop :].addmm_(error, factor[part, part.stop :], alpha=-1.0)
 
 
 def block_zeros(shape: tuple[int, ...], part: slice, pattern: SparsityPattern) -> int:
-    """Weights to remove from the columns `part` of a map: int(size * sparsity), or their part of zeros that are counted."""
+    """Weights to remove from the columns `part` of a map: their part of its int(size * sparsity) or counted zeros."""
     rows, columns = shape
-    if pattern.exact_zeros is None:
-        return int(rows * (part.stop - part.start) * pattern.sparsity)
-    return pattern.exact_zeros * part.stop // columns - pattern.exact_zeros * part.start // columns
+    zeros = int(rows * columns * pattern.sparsity) if pattern.exact_zeros is None else pattern.exact_zeros
+    return zeros * part.stop // columns - zeros * part.start // columns
 
 
 def _block_mask(block: Tensor, factor: Tensor, keep: int) -> Tensor:
     """Mask [out, width] of the block's `keep` largest |w| / U_jj, over all rows."""
     scale = (1.0 / factor.diagonal()).repeat(block.shape[0])
-    return select_rows(block.reshape(1, -1), scale, keep=keep).view(block.shape)
+    with as_one_row(block):
+        return select_rows(block.reshape(1, -1), scale, keep=keep).view(block.shape)
