@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,6 +147,37 @@ def test_verify_fails_with_exit_code_1_and_the_first_offence(pruned, tmp_path, m
 def test_verify_fails_on_the_dense_model(checkpoint):
     run = wandapp("verify", checkpoint, "--sparsity", "2:4")
     assert run.returncode == 1 and "model.layers.0." in run.stdout
+
+
+def test_what_is_skipped_is_shown_and_verified_as_the_card_says(checkpoint, tmp_path, monkeypatch, capfd):
+    out = tmp_path / "out"
+    arguments = ("prune", checkpoint, "--out", out, "--method", "magnitude", "--skip", "q_proj", *CALIBRATION)
+    code, text, errors = call(monkeypatch, capfd, *arguments)
+    assert code == 0, errors
+    assert re.search(r"kept dense +3 linear maps, 11.1% of the blocks' weights, of which 44.4% are zero", text), text
+    assert "`wandapp verify .`" in (out / "README.md").read_text()
+    for more in ((), ("--sparsity", "2:4")):
+        code, text, _ = call(monkeypatch, capfd, "verify", out, *more)
+        assert code == 0 and "18 linear maps hold 2:4, apart from what --skip q_proj leaves dense" in text
+
+
+def test_a_recipe_s_mistake_names_the_file_and_a_flag_s_does_not(checkpoint, tmp_path, monkeypatch, capfd):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {checkpoint}\nallocate: error\nsparsity: 0.6\n")
+    code, _, errors = call(monkeypatch, capfd, "prune", "--config", recipe, "--allocate-spread", "3", "--plan")
+    assert code == 2 and "recipe.yaml" not in errors and "allocate_spread" in errors
+    recipe.write_text("methud: wanda\n")
+    code, _, errors = call(monkeypatch, capfd, "prune", "--config", recipe, "--plan")
+    assert code == 2 and f"{recipe}: option 'methud' does not exist" in errors
+
+
+def test_more_tokens_than_positions_are_refused(tiny_model, tiny_tokenizer, tmp_path, monkeypatch, capfd):
+    save_pruned(tiny_model("gpt2")[0], tiny_tokenizer(), tmp_path / "gpt2", files={})
+    code, _, errors = call(monkeypatch, capfd, "generate", tmp_path / "gpt2", "hello", "--max-new-tokens", "600")
+    assert (
+        code == 2
+        and "the model has 512 positions, got a prompt of 5 tokens and 600 new ones; use --max-new-tokens 507" in errors
+    )
 
 
 def test_eval_states_every_circumstance(pruned, monkeypatch, capfd):

@@ -92,7 +92,7 @@ def test_tasks_stand_in_one_table_with_the_dense_model_s_beside(checkpoint, monk
     lines = [line.split() for line in text.splitlines()]
     heads = ["task", "acc", "f1", "dense", "acc", "dense", "f1", "shots", "documents"]
     assert lines[0] == heads and "perplexity" not in text
-    assert lines[1] == ["colours", "0.2500", "-", "0.7500", "-", "0", "4"]
+    assert lines[1] == ["colours", "0.2500", "±", "0.0100", "-", "0.7500", "±", "0.0100", "-", "0", "4"]
     assert lines[2] == ["numbers", "-", "0.1250", "-", "0.3750", "0", "4"]
     assert "mean acc 0.2500 (dense 0.7500)" in text and "not all documents" in errors
 

@@ -1,5 +1,7 @@
 """The pipeline as a user meets it: reports, FLOPs, refusals, and what must not change."""
 
+import copy
+import itertools
 import json
 
 import pytest
@@ -9,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import wandapp
 from wandapp import methods
-from wandapp.calibration import load_calibration, read_tokens
+from wandapp.calibration import load_calibration, read_tokens, save_tokens
 from wandapp.config import PruneConfig
 from wandapp.errors import WandappError
 from wandapp.pattern import SparsityPattern
@@ -175,6 +177,41 @@ def test_skip_that_matches_nothing_is_refused(tiny_model):
     model, config = tiny_model("llama")
     with pytest.raises(WandappError, match="matches no linear map"):
         prune(model, calibration=tokens(config), skip=("no_such_proj",))
+
+
+def test_calibration_may_be_a_path_an_array_or_lists_and_nothing_else(tiny_model, tmp_path):
+    model, config = tiny_model("llama")
+    ids = tokens(config)
+    save_tokens(ids, tmp_path / "ids.npy")
+    found = {
+        prune(copy.deepcopy(model), calibration=given, samples=len(ids), seq_len=ids.shape[1]).calibration_sha256
+        for given in (ids, ids.numpy(), ids.tolist(), tmp_path / "ids.npy", str(tmp_path / "ids.npy"))
+    }
+    assert len(found) == 1
+    with_config = prune(model, config=PruneConfig(calibration="c4"), calibration=tmp_path / "ids.npy")
+    assert with_config.calibration_sha256 in found
+    for given in (["some", "text"], [[1, 2], [3]], {"text": 1}):
+        with pytest.raises(WandappError, match="calibration|token ids"):
+            prune(model, calibration=given)
+    with pytest.raises(WandappError, match="prune needs a loaded model, got str; load_model gives one"):
+        prune("llama", calibration=ids)
+
+
+def test_an_encoder_is_refused():
+    fields = dict(vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    encoder = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **fields))
+    with pytest.raises(WandappError, match="BertLMHeadModel: an encoder, whose attention looks ahead"):
+        prune(encoder, calibration=tokens(encoder.config))
+    decoder = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **fields, is_decoder=True)).eval()
+    assert prune(decoder, calibration=tokens(decoder.config)).sparsity == 0.5
+
+
+def test_the_rate_of_slow_products_is_measured_on_small_ones(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setitem(MachineRate.SIZES, "cpu", 1024)
+    monkeypatch.setattr("wandapp.report.time.perf_counter", lambda: float(next(ticks)))  # every product takes a second
+    rate = MachineRate(torch.device("cpu"), torch.float32)
+    assert {len(factor) for factor in rate.factors} == {MachineRate.LEAST}
 
 
 def test_a_weight_that_is_no_linear_map_can_be_left_dense_alone():

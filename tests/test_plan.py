@@ -53,6 +53,11 @@ def test_planned_arithmetic_is_what_the_run_counts(options, checkpoint):
     assert plan.flops == pytest.approx(report.flops, rel=within)
 
 
+def test_any_number_of_samples_can_be_planned(checkpoint):
+    plan = plan_run(PruneConfig(model=str(checkpoint[1]), samples=10**7, seq_len=2048, calibration="pydoc"))
+    assert plan.samples == 10**7
+
+
 def test_skipped_maps_run_but_are_not_pruned(checkpoint):
     model, folder = checkpoint
     options = {"method": "sparsegpt", "skip": ("mlp", r"layers\.0\.")}

@@ -169,7 +169,15 @@ def test_a_streamed_model_writes_nothing_and_says_so(recipe, monkeypatch):
     said = []
     report = prune_checkpoint(recipe(self_samples=3, tune_passes=1), say=said.append)
     assert report.samples == 4 and report.self_samples == 0 and not report.tuning
-    assert sum("is streamed, so this run is without --self-samples 3 and --tune-passes 1" in line for line in said) == 1
+    without = "is streamed, so this run is without --self-samples 3 and --tune-passes 1"
+    assert sum(without in line for line in report.warnings) == 1
+
+
+def test_a_checkpoint_that_is_pruned_already_is_said_to_be(recipe, tmp_path):
+    first = recipe()
+    assert not prune_checkpoint(first).warnings
+    report = prune_checkpoint(recipe(model=first.out, out=str(tmp_path / "again")))
+    assert any("is itself pruned" in line for line in report.warnings)
 
 
 @pytest.mark.parametrize("first", [1, 2**62])

@@ -83,6 +83,16 @@ def test_packed_model_answers_as_the_dense_one(colours, pruned_checkpoint, tmp_p
     assert (packed.tasks[0].num_fewshot, packed.tasks[0].samples, packed.limit) == (1, 3, 3)
 
 
+def test_a_file_is_that_file_alone(colours, tmp_path):
+    from wandapp.tasks import _expand
+
+    text = (colours / "colours.yaml").read_text()
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "colours.yaml").write_text(text)
+    (tmp_path / "deeper" / "colours.yaml").write_text(text.replace("task: colours", "task: others"))
+    assert _expand([str(tmp_path / "colours.yaml")], None)[0] == {None: ["colours"]}
+
+
 def test_a_task_is_not_asked_for_in_two_ways(colours, monkeypatch, tiny_model, tiny_tokenizer):
     from wandapp import tasks
 

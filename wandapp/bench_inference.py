@@ -25,7 +25,7 @@ from wandapp.errors import WandappError
 from wandapp.inference import dense_fallbacks, load_either
 from wandapp.modules import SparseLinear, TokenLinear
 from wandapp.packing import pack_checkpoint, unpack_checkpoint
-from wandapp.tokenizer import load_tokenizer
+from wandapp.tokenizer import check_room, load_tokenizer
 from wandapp.weight_files import is_packed
 
 COPY_BYTES = 256 << 20
@@ -63,6 +63,7 @@ def bench_inference(
             str(folders["sparse"]), dtype=dtype, device=str(place), require_sparse=require_sparse
         ).model
         models = {"dense": dense, "sparse": sparse}
+        check_room(dense, prompt_tokens, new_tokens, "--new-tokens")
         tokens = _prompts(load_tokenizer(folder), dense, max(batches), prompt_tokens).to(place)
         runners: dict[str, Runner] = {name: TorchModel(model) for name, model in models.items()}
         if compare:

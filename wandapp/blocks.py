@@ -301,6 +301,17 @@ def sub_module(name: str, block: str) -> str:
     return name.removeprefix(f"{block}.").rpartition(".")[0].partition(".")[0]
 
 
+def position_table(model: nn.Module) -> int | None:
+    """How many positions the model looks up in a table (GPT-2, OPT); None where it computes them, and may go further."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not positions:
+        return None
+    words = model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    # OPT's has two spare rows
+    return positions if any(positions <= table.num_embeddings <= positions + 2 for table in tables) else None
+
+
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Dotted name and ModuleList of the decoder blocks: the longest outermost list of modules that hold weights."""
     config = getattr(model, "config", None)
@@ -319,6 +330,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__}: no ModuleList of decoder blocks was found; use a decoder-only causal language model"
         )
     name = max(outer, key=lambda key: len(outer[key]))
+    if any(getattr(module, "is_decoder", None) is False for module in outer[name].modules()):
+        raise UnsupportedLayoutError(
+            f"{type(model).__name__}: an encoder, whose attention looks ahead; use a decoder-only causal language model, or set "
+            "is_decoder in config.json if this one is"
+        )
     return name, outer[name]
 
 

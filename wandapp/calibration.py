@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from wandapp.blocks import position_table
 from wandapp.corpus import Corpus, builtin_text, existing_file, first_line, read_corpus
 from wandapp.errors import WandappError, shorten
 from wandapp.memory import kept_pages
@@ -288,6 +289,18 @@ def inference(model: nn.Module) -> Iterator[None]:
 # Token ids
 
 
+def as_ids(given: Any) -> Tensor:
+    """Token ids [samples, seq_len] from a tensor, an array or lists of integers."""
+    if isinstance(given, Tensor):
+        return given
+    try:
+        return torch.as_tensor(np.asarray(given))
+    except (TypeError, ValueError):
+        raise WandappError(
+            f"calibration must be a name, a path or token ids [samples, seq_len], got {type(given).__name__}"
+        ) from None
+
+
 def is_token_file(source: str | Path) -> bool:
     """Whether the name says that the file holds token ids."""
     return str(source).endswith(TOKEN_SUFFIXES)
@@ -363,13 +376,9 @@ def check_ids(tokens: Tensor, model: nn.Module | None) -> None:
 
 
 def check_seq_len(model: nn.Module | None, seq_len: int) -> None:
-    """Raise where the model looks positions up in a table (GPT-2, OPT) that is shorter than seq_len."""
-    positions = model and getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not positions or seq_len <= positions:
-        return
-    words = model.get_input_embeddings()
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
-    if any(positions <= table.num_embeddings <= positions + 2 for table in tables):  # OPT's has two spare rows
+    """Raise where the model looks positions up in a table that is shorter than seq_len."""
+    positions = model and position_table(model)
+    if positions and seq_len > positions:
         raise WandappError(f"the model has {positions} positions, got seq_len {seq_len}; use --seq-len {positions}")
 
 

@@ -99,7 +99,7 @@ def _facts(recipe: PruneConfig, report: dict) -> str:
             f"- Pattern: {recipe.sparsity}" + (" (keeps n of every m inputs)" if ":" in recipe.sparsity else " zeros"),
             *calibration,
             "- Exact options: `wandapp/recipe.yaml`; costs and warnings: `wandapp/report.json`",
-            f"- Check the pattern: `wandapp verify . --sparsity {recipe.sparsity}`",
+            "- Check the pattern: `wandapp verify .`",
         ]
     )
 

@@ -176,9 +176,14 @@ def summary(recipe: PruneConfig, report: Any) -> dict[str, str]:
     spread = {"by block": f"{min(by_block):.4f} to {max(by_block):.4f} ({recipe.allocate})"} if by_block else {}
     tuning = report.tuning.values()
     tuned = {"tuned": "{:.4f} -> {:.4f} nats per token from the dense model".format(*tuning)} if tuning else {}
+    whole = report.weights + report.dense_weights
+    kept = f"{len(report.kept_dense)} linear maps, {report.dense_weights / max(whole, 1):.1%} of the blocks' weights"
     return {
         "pruned": f"{recipe.model} with {recipe.method} to {recipe.sparsity}, {report.linears} linear maps",
         "sparsity": f"{report.sparsity:.4f}",
+        **(
+            {"kept dense": f"{kept}, of which {report.zeros / max(whole, 1):.1%} are zero"} if report.kept_dense else {}
+        ),
         **spread,
         **tuned,
         "time": f"{report.seconds:.1f} s at {report.achieved_gflops:.0f} GFLOP/s; a plain matmul here runs at "
@@ -207,22 +212,28 @@ def verify_command(
     if sparsity is None or (folder / RECIPE_FILE).is_file():
         recipe = PruneConfig.of_checkpoint(folder)
         is_allocated = recipe.is_allocated
-        if sparsity is None:
-            sparsity, skip = recipe.sparsity, skip or list(recipe.skip)
+        sparsity, skip = sparsity or recipe.sparsity, skip or list(recipe.skip)
     options: dict[str, Any] = {"skip": tuple(skip or ()), "together": is_allocated}
     if is_packed(folder):
         report = verify_packed(folder, sparsity, **options)
     else:
         report = verify_model(load_model(str(folder)).model, sparsity, **options)
     together = " together" if is_allocated else ""
+    dense = f", apart from what --skip {' '.join(skip)} leaves dense" if skip else ""
     verdict = (
-        f"ok: {report.linears} linear maps{together} hold {sparsity}"
+        f"ok: {report.linears} linear maps{together} hold {sparsity}{dense}"
         if report.ok
         else f"failed: {report.first_offence}"
     )
     output.result(f"{verdict} (sparsity {report.sparsity:.4f})")
     output.finish(
-        {"ok": report.ok, "linears": report.linears, "sparsity": report.sparsity, "first_offence": report.first_offence}
+        {
+            "ok": report.ok,
+            "linears": report.linears,
+            "skip": list(skip or ()),
+            "sparsity": report.sparsity,
+            "first_offence": report.first_offence,
+        }
     )
     raise typer.Exit(0 if report.ok else 1)
 

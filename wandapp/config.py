@@ -237,11 +237,11 @@ class PruneConfig(Options):
         """
         found = read_mapping(path, "recipe")
         if overrides.keys() & {"preset", "sparsity"}:
-            own = cls(**found)
+            own = cls._of_file(path, found, {})
             filled = _preset_values(own.preset, own.pattern)
             filled.pop("method", None)
             found = {name: found[name] for name in found if name not in filled or getattr(own, name) != filled[name]}
-        return cls(**found | overrides)
+        return cls._of_file(path, found, overrides)
 
     @field_validator("sparsity", mode="before")
     @classmethod

@@ -92,7 +92,7 @@ def _export(
     on_progress: Progress | None,
 ) -> ExportSummary:
     summary = ExportSummary()
-    compressed = _compressible(checkpoint, dtype, summary)
+    compressed = _compressible(source, checkpoint, dtype, summary)
     if not compressed:
         reasons = "; ".join(f"{len(names)} {reason}" for reason, names in summary.left_dense.items())
         raise WandappError(f"{source}: no linear map can be compressed for torch ({reasons or 'it has none'})")
@@ -108,16 +108,16 @@ def _export(
     return summary
 
 
-def _compressible(checkpoint: PackedCheckpoint, dtype: torch.dtype | None, summary: ExportSummary) -> set[str]:
+def _compressible(
+    source: str | Path, checkpoint: PackedCheckpoint, dtype: torch.dtype | None, summary: ExportSummary
+) -> set[str]:
     """Tensors of linear maps that torch's tensor can hold; the others go to the summary with the reason."""
     if str(checkpoint.pattern) != "2:4":
         raise WandappError(
-            f"{checkpoint.folder}: torch's sparse tensors are 2:4, this checkpoint is {checkpoint.pattern}"
+            f"{source}: torch's sparse tensors are 2:4, this checkpoint is {checkpoint.pattern}; prune with --sparsity 2:4"
         )
     if checkpoint.storage != "same":
-        raise WandappError(
-            f"{checkpoint.folder}: its weights are stored as {checkpoint.storage}; wandapp unpack it first"
-        )
+        raise WandappError(f"{source}: its weights are stored as {checkpoint.storage}; wandapp unpack it first")
     model = skeleton(checkpoint.folder, max_blocks=len(checkpoint.tensors))
     homes = tensor_homes(model, checkpoint.tensors)
     found = set()

@@ -12,7 +12,7 @@ from torch import nn
 from wandapp import methods
 from wandapp.card import model_card
 from wandapp.checkpoint import Checkpoint
-from wandapp.config import PRESETS, WHOLE_MODEL, PruneConfig
+from wandapp.config import PRESETS, RECIPE_FILE, WHOLE_MODEL, PruneConfig
 from wandapp.devices import resolve_device, resolve_dtype
 from wandapp.distributed import Ranks, join
 from wandapp.errors import Interrupted, WandappError
@@ -53,14 +53,17 @@ def prune_checkpoint(
         is_streamed = ranks.first(lambda: _streamed_before(config) if resume else None)
         if is_streamed is None:
             is_streamed = any(ranks.gather(streams(config, say)))  # by all ranks, if one is short of memory
-        config = resolved(config, is_streamed, say)
+        notes: list[str] = []
+        config = resolved(config, is_streamed, notes.append)
+        if (Path(config.source) / RECIPE_FILE).is_file():
+            notes.append(f"{config.source} is itself pruned; what the report calls dense is that checkpoint")
         run = RunFolder(config, resume=resume, ranks=ranks)
         if ranks.first(lambda: resume and run.is_complete()):
             say(f"{config.out} is complete; there is nothing to resume")
             return PruneReport.read(Path(config.target) / "wandapp" / "report.json")
         # At any moment: files are whole or absent.
         with run, Stoppable(lambda name: Interrupted(f"interrupted by {name}")):
-            return _prune(config, is_streamed, run, ranks, on_progress, say)
+            return _prune(config, is_streamed, run, ranks, on_progress, say, notes)
 
 
 def _prune(
@@ -70,10 +73,13 @@ def _prune(
     ranks: Ranks,
     on_progress: Callable[[Progress], None] | None,
     say: Callable[[str], None],
+    notes: list[str],
 ) -> PruneReport:
+    """notes   warnings that were due before the report began"""
     store, tokenizer = _open(config, is_streamed, run, ranks, say)
 
     def begin(report: PruneReport) -> None:
+        report.warnings += notes
         torch.set_num_threads(run.begin(describe_run(config, report, store, source_files(config.source))))
         if run.done:
             say(f"{run.done} of {len(store)} blocks were finished by an earlier run and are kept")

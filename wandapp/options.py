@@ -32,7 +32,25 @@ class Options(BaseModel):
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> Self:
         """The options in a YAML file; an override wins over the file's value."""
-        return cls(**read_mapping(path, "recipe") | overrides)
+        return cls._of_file(path, read_mapping(path, "recipe"), overrides)
+
+    @classmethod
+    def _of_file(cls, path: str | Path, found: dict[str, Any], overrides: dict[str, Any]) -> Self:
+        """These options; what is wrong with those that were found in the file names it."""
+        try:
+            return cls(**found | overrides)
+        except WandappError as error:
+            if cls._complaint(overrides) == str(error):
+                raise
+            raise WandappError(f"{path}: {error}") from None
+
+    @classmethod
+    def _complaint(cls, options: dict[str, Any]) -> str | None:
+        try:
+            cls(**options)
+        except WandappError as error:
+            return str(error)
+        return None
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the options; `from_yaml` reads them back unchanged."""

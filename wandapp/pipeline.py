@@ -6,12 +6,14 @@ It knows neither the method nor where the weights live. Start reading here.
 import hashlib
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from wandapp.calibration import (
     DEFAULT_SAMPLES,
     DEFAULT_SEQ_LEN,
     Calibration,
+    as_ids,
     kept_calibration,
     load_calibration,
     save_tokens,
@@ -49,7 +52,7 @@ def prune(
     tokenizer: Any | None = None,
     *,
     config: PruneConfig | None = None,
-    calibration: str | Tensor | None = None,
+    calibration: str | os.PathLike | Tensor | np.ndarray | Sequence[Sequence[int]] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     ranks: Ranks | None = None,
     **options: Any,
@@ -57,13 +60,22 @@ def prune(
     """Report of pruning `model`, a loaded transformers causal language model, in place.
 
     config        all options; or give them as keywords, e.g. sparsity="2:4", method="wanda" (see PruneConfig)
-    calibration   a name or path as in PruneConfig, or token ids [samples, seq_len] (then `tokenizer` may be None)
+    calibration   a name or path as in PruneConfig, or token ids [samples, seq_len], as a tensor, an array or lists (then
+                  `tokenizer` may be None); it wins over config's
     on_progress   called after every block
     ranks         the processes that share the samples, each with its own copy of the model (see `distributed.join`)
     raises        WandappError with the place, the rule and the way out; checks that need no forward come before any change
     """
+    if not isinstance(model, nn.Module):
+        raise WandappError(f"prune needs a loaded model, got {type(model).__name__}; load_model gives one")
+    if isinstance(calibration, str | os.PathLike):
+        options["calibration"], calibration = os.fspath(calibration), None
+    elif calibration is not None:
+        calibration = as_ids(calibration)
     if config is None:
-        config = PruneConfig(**options | ({"calibration": calibration} if isinstance(calibration, str) else {}))
+        config = PruneConfig(**options)
+    elif options:
+        config = PruneConfig(**{name: getattr(config, name) for name in config.model_fields_set} | options)
     config = config.resolved()
     store = ModelStore(model, config.pattern, skip=config.skip, device=resolve_device(config.device))
     return prune_store(store, tokenizer, config, calibration=calibration, on_progress=on_progress, ranks=ranks)
@@ -74,7 +86,7 @@ def prune_store(
     tokenizer: Any | None,
     config: PruneConfig,
     *,
-    calibration: str | Tensor | None = None,
+    calibration: Tensor | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_begin: Callable[[PruneReport], None] | None = None,
     ranks: Ranks | None = None,
@@ -88,7 +100,7 @@ def prune_store(
         ranks.first(lambda: save_tokens(calibrated.tokens, config.save_calibration, calibrated.description))
     tokens = calibrated.tokens if method.reads_samples else calibrated.tokens[:1]  # others only probe the error
     # One size for all ranks, whatever each one's number of samples: refiners step through batches together.
-    batch_size = min(config.batch_size or auto_batch_size(device, tokens), max(1, len(tokens) // ranks.size))
+    batch_size = min(config.batch_size or auto_batch_size(device, tokens.shape[1]), max(1, len(tokens) // ranks.size))
     report = PruneReport(
         method=config.method,
         pattern=str(config.pattern),
@@ -116,7 +128,7 @@ def _calibrate(
     store: ModelStore,
     tokenizer: Any | None,
     config: PruneConfig,
-    calibration: str | Tensor | None,
+    calibration: Tensor | None,
     method: Method,
     clock: "_Clock",
 ) -> tuple[Calibration, int]:
@@ -130,7 +142,7 @@ def _calibrate(
         with clock("own text"):
             return ranks.first(lambda: _own_text(store, tokenizer, config, samples, seq_len, seed))
 
-    source = calibration if isinstance(calibration, Tensor) else config.calibration
+    source = config.calibration if calibration is None else calibration
     if isinstance(source, str) and source == "self":
         own = config.samples or DEFAULT_SAMPLES if method.reads_samples else 1
         calibrated = write(own, config.seq_len or DEFAULT_SEQ_LEN, config.seed)
@@ -249,7 +261,7 @@ def _run(
         with clock("tune"):
             _tune(store, own, _first_states(store, tokens, own, report), dense_path, config, report, method.ranks)
         report.close(clock.total, rate.gflops, peak_gib(store.device))
-    report.kept_dense = store.kept_dense()
+    report.kept_dense, report.dense_weights = store.kept_dense()
 
 
 def _first_states(store: ModelStore, tokens: Tensor, own: Tensor, report: PruneReport) -> Tensor:
@@ -414,6 +426,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def auto_batch_size(device: torch.device, tokens: Tensor) -> int:
+def auto_batch_size(device: torch.device, seq_len: int) -> int:
     """Samples per forward: enough tokens to fill the machine, few enough that activations stay in its caches."""
-    return max(1, TOKENS_PER_FORWARD[device.type] // tokens.shape[1])
+    return max(1, TOKENS_PER_FORWARD[device.type] // seq_len)

@@ -121,7 +121,7 @@ def plan_run(config: PruneConfig) -> Plan:
     more = (config.self_samples or 0) if method.reads_samples else 0
     used = given + more if method.reads_samples else 1
     written = used if config.calibration == "self" else more
-    batch = min(config.batch_size or auto_batch_size(device, torch.empty(used, seq_len)), used)
+    batch = min(config.batch_size or auto_batch_size(device, seq_len), used)
     sizes, own = _Sizes(store), resident_bytes() + LATER_BYTES if device.type == "cpu" else 0
     rate = MachineRate(device, model.dtype)
     rate.sample(repeats=4)

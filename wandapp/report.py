@@ -23,11 +23,27 @@ class MachineRate:
     """The machine's matmul rate, sampled between blocks because it drifts; the sampling is timed apart."""
 
     SIZES = {"cpu": 1024, "cuda": 4096}  # of the square factors
+    LEAST, LONGEST = (
+        256,
+        0.2,
+    )  # smaller ones, down to this, where a product would take so many seconds (16 bits on a CPU)
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         size = self.SIZES[device.type]
+        seconds = self._seconds(self.LEAST, device, dtype) if size > self.LEAST else 0.0
+        while size > self.LEAST and seconds * (size / self.LEAST) ** 3 > self.LONGEST:
+            size //= 2
         self.factors = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
         self.flops, self.seconds, self.overhead = 0.0, 0.0, 0.0
+
+    @staticmethod
+    def _seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
+        """Of one square product, roughly: it is not waited for on a GPU, which is fast at any type."""
+        square = torch.ones(size, size, device=device, dtype=dtype)
+        torch.mm(square, square)
+        start = time.perf_counter()
+        torch.mm(square, square)
+        return time.perf_counter() - start
 
     def sample(self, repeats: int = 2) -> None:
         """Times `repeats` square products, after one that warms up."""
@@ -94,6 +110,7 @@ class PruneReport:
     seconds           wall time of recording and pruning, model loading and rate sampling excluded
     flops             by formula: linear maps and attention (whole square), forwards and backwards, Gram matrices, solver
     achieved_gflops   flops / seconds;  matmul_gflops: a dense square product's rate, measured during the run
+    kept_dense        linear maps that --skip excludes, which have dense_weights weights
     allocation        sparsity that --allocate gave each block, by name; empty: all alike
     self_samples      how many of the samples the dense model wrote itself
     tuning            KL of the next token's distribution from the dense model's, nats per token of samples that were not trained
@@ -122,6 +139,7 @@ class PruneReport:
     matmul_gflops: float = math.nan
     linears: int = 0
     kept_dense: list[str] = field(default_factory=list)
+    dense_weights: int = 0
     allocation: dict[str, float] = field(default_factory=dict)
     tuning: dict[str, float] = field(default_factory=dict)
     blocks: list[BlockRecord] = field(default_factory=list)

@@ -70,10 +70,11 @@ class ModelStore:
         named = ((block, f"{self.prefix}.{index}") for index, block in enumerate(self.blocks))
         return [name for block, prefix in named for name in unknown_weights(block, prefix)]
 
-    def kept_dense(self) -> list[str]:
-        """Linear maps that a skip expression excludes."""
+    def kept_dense(self) -> tuple[list[str], int]:
+        """Linear maps that a skip expression excludes, and the number of their weights."""
         pairs = zip(self.all_linears, self.linears, strict=True)
-        return [name for every, pruned in pairs for name in every if name not in pruned]
+        kept = {name: view for every, pruned in pairs for name, view in every.items() if name not in pruned}
+        return list(kept), sum(view.weight.numel() for view in kept.values())
 
     @contextmanager
     def whole_model(self) -> Iterator[nn.Module]:

@@ -104,9 +104,9 @@ def evaluate_tasks(
         )
     if tokenizer is None:
         raise WandappError("tasks need a tokenizer, and this checkpoint has none; copy the base model's beside it")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     names_by_shots, local = _expand(names, num_fewshot)
     names = [name for group in names_by_shots.values() for name in group]
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with nullcontext() if on_progress is None else redirect_stderr(StringIO()):  # its own bars
         loaded = _load(names_by_shots, local)
     for task in loaded["tasks"].values():
@@ -192,7 +192,9 @@ def _local_tasks(path: Path) -> list[str]:
     folder = path if path.is_dir() else path.parent
     with _definition_errors(path):
         index = TaskManager(include_path=str(folder), include_defaults=False).task_index
-    found = [name for name, entry in index.items() if path.is_dir() or Path(entry.yaml_path).name == path.name]
+    found = [
+        name for name, entry in index.items() if path.is_dir() or Path(entry.yaml_path).resolve() == path.resolve()
+    ]
     if not found:
         raise WandappError(f"{path}: holds no task of lm-eval; a task's YAML has the key 'task' with its name")
     return found

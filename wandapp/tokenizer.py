@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer
 
+from wandapp.blocks import position_table
 from wandapp.errors import WandappError, shorten
 from wandapp.locate import locate
 from wandapp.quiet import LOAD_ERRORS, quiet_transformers
@@ -52,6 +53,16 @@ def tokenizer_errors(problem: str) -> Iterator[None]:
         raise WandappError(f"{problem} ({reason}); check its files") from error
 
 
+def check_room(model: nn.Module, prompt: int, new: int, option: str) -> None:
+    """Raise where the model looks positions up in a table that is shorter than a prompt and its continuation."""
+    positions = position_table(model)
+    if positions and prompt + new > positions:
+        raise WandappError(
+            f"the model has {positions} positions, got a prompt of {prompt} tokens and {new} new ones; use {option} "
+            f"{max(positions - prompt, 1)}" + (", and a shorter prompt" if prompt >= positions else "")
+        )
+
+
 def generate(model: nn.Module, tokenizer: Any | None, prompt: str, max_new_tokens: int) -> str:
     """The model's most likely continuation of `prompt`, without the prompt."""
     if tokenizer is None:
@@ -61,6 +72,7 @@ def generate(model: nn.Module, tokenizer: Any | None, prompt: str, max_new_token
     tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
     if tokens["input_ids"].numel() == 0:
         raise WandappError(f"the prompt {prompt!r} has no tokens; give some text")
+    check_room(model, tokens["input_ids"].shape[1], max_new_tokens, "--max-new-tokens")
     with torch.inference_mode(), quiet_transformers():
         written = model.generate(
             tokens["input_ids"],
