@@ -56,9 +56,8 @@ class ModelStore:
         for linears in self.linears:
             for view in linears.values():
                 pattern.require_fit(view.name, view.weight.shape[1])
-        self._macs_per_token: list[dict[str, float]] = [
-            {} for _ in self.blocks
-        ]  # what each block learns of its experts
+        # What each block learns of how many tokens meet its experts.
+        self._macs_per_token: list[dict[str, float]] = [{} for _ in self.blocks]
         self.recording: Recording | None = None
         self.attention_flops_per_token = 0.0
 
